@@ -1,0 +1,13 @@
+"""What a user can hit. Each class is one exit code of the command line (see docs/ERRORS in DESIGN: 1 is 'unexpected')."""
+
+
+class InputError(ValueError):
+    """Bad input, found before any long work starts: one line naming the thing, its value and what was expected."""
+
+    exit_code = 2
+
+
+class VerificationError(RuntimeError):
+    """A finished output folder does not hold what it promises; the message names the check and the tensor."""
+
+    exit_code = 3
