@@ -92,7 +92,8 @@ def tiny_config(family: str) -> PretrainedConfig:
 
 def random_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of `tiny_config` whose every parameter is random: norm gains and biases too, so that folding or dropping
-    one changes the logits. Matrices are scaled to keep activations near 1, so routing is neither uniform nor constant."""
+    one changes the logits. Matrices keep activations near 1, so that routing is neither uniform nor constant.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
     with torch.no_grad():

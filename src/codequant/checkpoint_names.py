@@ -18,6 +18,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Prefix
 
 from codequant.errors import InputError
 
+Index = tuple[int | slice, ...]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -26,7 +28,8 @@ class Source:
     name: str
     parameter: str  # or persistent buffer
     shape: tuple[int, ...]
-    index: tuple[int | slice, ...] = ()  # () for the whole parameter; (expert, rows) inside a fused one
+    local: str  # the tensor's name in the model's own naming: `parameter`, unless transformers merges it into that
+    index: Index = ()  # () for the whole parameter; (expert, rows) inside a fused one
 
     @property
     def module(self) -> str:
@@ -43,8 +46,8 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 def parameter_sources(model: PreTrainedModel) -> dict[str, list[Source]]:
     """The checkpoint tensors of every parameter and persistent buffer, in the order in which they fill it.
 
-    Tied parameters that a checkpoint does not store are left out. Raises InputError naming a parameter that transformers
-    assembles in a way this table cannot express.
+    Tied parameters that a checkpoint does not store are left out. Raises InputError naming a parameter that
+    transformers assembles in a way this table cannot express.
     """
     transforms = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
     renamings = [t.reverse_transform() for t in reversed(transforms) if isinstance(t, WeightRenaming)]
@@ -65,11 +68,13 @@ def parameter_sources(model: PreTrainedModel) -> dict[str, list[Source]]:
             pattern, matched = reverse.rename_source_key(parameter)
             if matched is not None:
                 patterns = [pattern.replace(reverse.target_patterns[0], p) for p in reverse.target_patterns]
-                entries = _expert_entries(parameter, tuple(tensor.shape), patterns, converter.operations)
+                places = _expert_places(parameter, tuple(tensor.shape), patterns, converter.operations)
                 break
         else:
-            entries = [Source(parameter, parameter, tuple(tensor.shape))]
-        sources[parameter] = [Source(checkpoint_name(s.name), s.parameter, s.shape, s.index) for s in entries]
+            places = [(parameter, tuple(tensor.shape), ())]
+        sources[parameter] = [
+            Source(checkpoint_name(local), parameter, shape, local, index) for local, shape, index in places
+        ]
     return sources
 
 
@@ -78,8 +83,13 @@ def by_checkpoint_name(sources: dict[str, list[Source]]) -> dict[str, Source]:
     return {source.name: source for entries in sources.values() for source in entries}
 
 
-def _expert_entries(parameter: str, shape: tuple[int, ...], patterns: list[str], operations: list[Any]) -> list[Source]:
-    """Sources of a fused parameter [E, P * rows, columns], each pattern naming one projection, `*` the expert."""
+def _expert_places(
+    parameter: str, shape: tuple[int, ...], patterns: list[str], operations: list[Any]
+) -> list[tuple[str, tuple[int, ...], Index]]:
+    """(name, shape, index) of the tensors that fill a fused parameter [E, P * rows, columns].
+
+    Each pattern names one projection, with `*` for the expert.
+    """
     kinds = [(type(op), op.dim) for op in operations if isinstance(op, MergeModulelist | Concatenate)]
     stacked = kinds == [(MergeModulelist, 0)] and len(patterns) == 1
     concatenated = kinds == [(MergeModulelist, 0), (Concatenate, 1)]
@@ -88,9 +98,8 @@ def _expert_entries(parameter: str, shape: tuple[int, ...], patterns: list[str],
     experts, rows, *rest = shape
     rows //= len(patterns)
     return [
-        Source(
+        (
             pattern.replace("*", str(expert)),
-            parameter,
             (rows, *rest),
             (expert, slice(p * rows, (p + 1) * rows)) if concatenated else (expert,),
         )
