@@ -33,8 +33,7 @@ clean:
 # ship Python without ensurepip: the pip they ship apart fills the environment.
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "$(PYTHON): $$($(PYTHON) --version 2>&1 | head -n 1), expected Python 3.11 or newer; try: make PYTHON=python3.11" >&2; \
-		exit 1; }
+		echo "PYTHON: $(PYTHON) ($$($(PYTHON) -V 2>/dev/null || echo not found)), expected Python 3.11 or newer" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV) >/dev/null || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(BIN)/python -m pip install --quiet torch==2.13.0
