@@ -16,7 +16,15 @@ NATIVE = Path("src/codequant/native")
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "unix":
-            ext.extra_compile_args += ["-std=c++17", "-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-pthread"]
+            ext.extra_compile_args += [
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-pthread",
+            ]
             ext.extra_link_args += ["-pthread"]
         super().build_extension(ext)
 

@@ -1,4 +1,4 @@
-"""What a user can hit. Each class is one exit code of the command line (see docs/ERRORS in DESIGN: 1 is 'unexpected')."""
+"""What a user can hit. Each class is one exit code of the command line; 1 is left for the unexpected."""
 
 
 class InputError(ValueError):
