@@ -1,9 +1,9 @@
 """How far a quantized model is from its reference, on windows of real tokens.
 
 The protocol is the usual one: non-overlapping windows of one context length, every token but a window's first is
-predicted, losses in float32 whatever the model's dtype (in bfloat16 the same logits give perplexities that are off by almost
-one percent). Perplexity alone hides errors that cancel, so each token's whole distribution is compared as well:
-KL(reference || quantized) in nats. What happened inside is measured by the router's choices and the layers' outputs.
+predicted, losses in float32 whatever the model's dtype (a loss in bfloat16 moves perplexity by almost one percent).
+Perplexity alone hides errors that cancel, so each token's whole distribution is compared as well: KL(reference ||
+quantized) in nats. What happened inside is measured by the router's choices and the layers' outputs.
 
 Letters: N windows of T tokens, B of them in a batch, V vocabulary, H hidden channels, k experts per token.
 """
