@@ -149,3 +149,26 @@ def codebook_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expe
         out = _expert_linear(hidden, experts.down, expert, experts.down_bias, experts.down_bits, experts.down_clip)
         y.index_add_(0, token, out * top_k_weights[token, slot, None].to(compute))
     return y.to(x.dtype)
+
+
+# The interface of codequant.kernels.Backend: this one computes on the format itself, so there is nothing to prepare.
+
+
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def prepare_linear(weight: PackedWeight) -> PackedWeight:
+    return weight
+
+
+def prepare_experts(experts: ExpertWeights) -> ExpertWeights:
+    return experts
+
+
+def restore(prepared: PackedWeight | ExpertWeights) -> PackedWeight | ExpertWeights:
+    return prepared
+
+
+linear = codebook_linear
+experts = codebook_experts
