@@ -1,6 +1,12 @@
 """Small random models of every supported family, and quantized checkpoints of them made by round-to-nearest."""
 
+import copy
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -11,9 +17,16 @@ from transformers import (
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+from codequant import packing
+from codequant.checkpoint_names import matrices, parameter_sources
+from codequant.hadamard import hadamard_matrix
+from codequant.packing import PackedWeight
+from codequant.quantization_config import QuantizationConfig
 
 # Odd where the architecture allows it: hidden sizes that are no power of two, grouped queries, a dense first layer.
 _COMMON = {
@@ -115,3 +128,71 @@ def random_tokens(model: PreTrainedModel, batch: int = 2, length: int = 17, seed
     """int64 [batch, length] token ids of the model's vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> PackedWeight:
+    """The crudest codebook: 2**bits equally spaced values between the ends of each group of each row."""
+    *lead, O, I = weight.shape
+    size = I if group_size == -1 else group_size
+    grouped = weight.float().reshape(*lead, O, -1, size)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    codebook, step = packing.round_codebook(low + (high - low) * torch.linspace(0, 1, 2**bits))
+    values = codebook.float() * step.float().unsqueeze(-1)  # [..., O, G, K]
+    indices = (grouped.unsqueeze(-1) - values.unsqueeze(-2)).abs().argmin(-1)
+    return packing.pack(indices.to(torch.uint8).reshape(weight.shape), codebook, step)
+
+
+def quantize_rtn_checkpoint(
+    model: PreTrainedModel, folder: Path, config: QuantizationConfig, shards: int = 1
+) -> PreTrainedModel:
+    """Write `model` as a quantized folder with a toy tokenizer; returns the plain model of the dequantized weights."""
+    sources = parameter_sources(model)
+    quantizable = matrices(model, sources)
+    dequantized = copy.deepcopy(model)
+    state = dequantized.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for source in (s for entries in sources.values() for s in entries):
+        value = state[source.parameter][source.index]
+        matrix = quantizable.get(source.name)
+        scheme = config.scheme(source.module) if matrix else None
+        if matrix is None or scheme is None:
+            tensors[source.name] = value.clone()
+            continue
+        rows = value.mT if matrix.transposed else value
+        H = hadamard_matrix(matrix.in_features).float() if scheme.hadamard else torch.eye(matrix.in_features)
+        packed = round_to_nearest(rows.float() @ H, scheme.bits, scheme.group_size)
+        tensors |= {f"{source.name}_{suffix}": getattr(packed, suffix) for suffix in packing.SUFFIXES}
+        restored = packing.unpack(packed) @ H.T
+        value.copy_(restored.mT if matrix.transposed else restored)
+    _write(folder, model.config, config, tensors, shards)
+    return dequantized
+
+
+def _write(
+    folder: Path,
+    config: PretrainedConfig,
+    quantization: QuantizationConfig,
+    tensors: dict[str, torch.Tensor],
+    shards: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = copy.deepcopy(config)
+    values.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    values.quantization_config = quantization.to_dict()
+    values.save_pretrained(folder)
+    words = {"[UNK]": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 
-from codequant.runtime.hadamard import hadamard_matrix, hadamard_transform
+from codequant.hadamard import hadamard_matrix, hadamard_transform
 
 # Powers of two; one, two and three Paley blocks of both kinds; too few twos (6, 18, 90); odd; no construction (52, 92).
 WIDTHS = [1, 2, 8, 12, 20, 24, 28, 36, 44, 48, 144, 576, 768, 2880, 6, 18, 90, 7, 15, 52, 92, 1408]

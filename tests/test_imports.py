@@ -12,8 +12,8 @@ PACKAGE = Path(codequant.__file__).parent
 FORMAT = {"errors", "packing", "quantization_config"}
 # A stage is one step of the recipe: pure functions over tensors. Stages never import one another.
 STAGES = {"calibration", "discovery", "folding", "rotation", "permutation", "clustering", "finetuning"}
-TOOLS = {"evaluation", "generation", "inspection", "verification"}  # what is done with a finished model
-RUNTIME = {*FORMAT, "native", "kernels", "runtime"}
+TOOLS = {"evaluation", "generation", "inspection"}  # what is done with a finished model
+RUNTIME = {*FORMAT, "native", "kernels", "hadamard", "checkpoint_names", "verification", "runtime"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -21,10 +21,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native": set(),
     "data": set(),
     "structure": set(),
+    "hadamard": set(),
     "quantization_config": {"errors", "packing"},
     "kernels": {*FORMAT, "native"},
-    "runtime": {*FORMAT, "native", "kernels"},
-    **{stage: {*FORMAT, "native", "structure"} for stage in STAGES},
+    "checkpoint_names": FORMAT,
+    # Below the runtime: it reads files, never runs a model, and loading calls it first.
+    "verification": {*FORMAT, "checkpoint_names"},
+    "runtime": RUNTIME - {"runtime"},
+    **{stage: {*FORMAT, "native", "structure", "hadamard"} for stage in STAGES},
     **dict.fromkeys(TOOLS, RUNTIME),
     "recipe": FORMAT,
 }

@@ -5,13 +5,15 @@ and projection. Its conversion mapping knows both sides but only runs inside `fr
 turned into a table, from a model skeleton on the meta device, so that a stage can read `experts.3.gate_proj.weight`
 from a shard without building the model, and a loader knows every name that a folder must hold.
 
-Letters: E experts, H hidden and M intermediate channels, P projections that share one parameter (gate and up: P = 2).
+Letters: E experts, H hidden and M intermediate channels, P projections that share one parameter (gate and up: P = 2),
+O output and I input channels of any matrix.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter, WeightRenaming
@@ -81,6 +83,45 @@ def parameter_sources(model: PreTrainedModel) -> dict[str, list[Source]]:
 def by_checkpoint_name(sources: dict[str, list[Source]]) -> dict[str, Source]:
     """The inverse table: checkpoint tensor -> its place in the model."""
     return {source.name: source for entries in sources.values() for source in entries}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A checkpoint tensor that can be quantized: [O, I], or [E, O, I] where the checkpoint keeps experts fused."""
+
+    source: Source
+    out_features: int
+    in_features: int
+    experts: tuple[int, ...] = ()  # (E,) or ()
+    transposed: bool = False  # the source's last two dimensions are I, O
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module is one of those that `@use_experts_implementation` decorates."""
+    return hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def matrices(model: PreTrainedModel, sources: dict[str, list[Source]]) -> dict[str, Matrix]:
+    """Every matrix that a recipe may quantize, by checkpoint tensor name: of linear layers, routers and experts.
+
+    A router is any other module with a two-dimensional `weight` of its own. Embeddings are lookups, not products.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            projections = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+            for source in (s for projection in projections for s in sources[f"{name}.{projection}"]):
+                *experts, out_features, in_features = source.shape
+                if module.is_transposed:
+                    out_features, in_features = in_features, out_features
+                found[source.name] = Matrix(
+                    source, out_features, in_features, tuple(experts), bool(module.is_transposed)
+                )
+        elif not isinstance(module, nn.Embedding) and f"{name}.weight" in sources:
+            (source,) = sources[f"{name}.weight"]
+            if len(source.shape) == 2:
+                found[source.name] = Matrix(source, *source.shape)
+    return found
 
 
 def _expert_places(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Bounds on memory, not on results: logits held at once per model, and logits turned into float32 at once.
-BATCH_LOGITS = 2**25
+BATCH_LOGITS = 2**24
 CHUNK_LOGITS = 2**22
 
 
@@ -149,9 +149,9 @@ def evaluate(
     errors: dict[int, float] = {}
     changes: dict[int, float] = {}
     for batch in windows.split(max(1, BATCH_LOGITS // (T * config.vocab_size))):
-        targets = batch[:, 1:].flatten().to(model.device)
+        targets = batch[:, 1:].to(model.device)
         with traced(model) as trace:
-            logits = _predictions(model, batch)  # [B * (T - 1), V]
+            logits = _predictions(model, batch)  # [B, T - 1, V]
         if reference is None:
             for part, target in _chunks(logits, targets):
                 loss += float(_losses(part.float().log_softmax(-1), target))
@@ -191,13 +191,15 @@ def evaluate(
 
 
 def _predictions(model: "PreTrainedModel", batch: Tensor) -> Tensor:
-    """Logits [B * (T - 1), V] for every token of batch [B, T] but each window's first, in the model's dtype."""
-    return model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+    """Logits [B, T - 1, V] for every token of batch [B, T] but each window's first, in the model's dtype."""
+    return model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few rows: [rows, V] of logits [B, T - 1, V] with the same rows of the others [B, T - 1, ...]."""
     rows = max(1, CHUNK_LOGITS // logits.shape[-1])
-    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
+    for window in zip(logits, *others, strict=True):
+        yield from zip(*(tensor.split(rows) for tensor in window), strict=True)
 
 
 def _losses(log_probabilities: Tensor, target: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
     H_n = S_{2^j} (x) B_1 (x) ... (x) B_r  / sqrt(n),    n = 2^j * |B_1| * ... * |B_r|
 
 (x) is the Kronecker product, S Sylvester's matrix, each B a Hadamard matrix of order 4g for an odd g, by Paley's
-constructions: order q + 1 for a prime q = 3 mod 4, order 2(q + 1) for a prime q = 1 mod 4. So 12, 20, 28, 36, 44, 60 and
-many more exist, and 576 = 4 * 12 * 12 is a true Hadamard matrix: every entry +-1/sqrt(n). An odd factor for which n has
-too few twos, or no construction here, becomes the orthonormal DCT-II of that order instead.
+constructions: order q + 1 for a prime q = 3 mod 4, order 2(q + 1) for a prime q = 1 mod 4. So 12, 20, 28, 36, 44, 60
+and many more exist, and 576 = 4 * 12 * 12 is a true Hadamard matrix: every entry +-1/sqrt(n). An odd factor for which n
+has too few twos, or no construction here, becomes the orthonormal DCT-II of that order instead.
 
 Weights are stored rotated by H_n: the choice of factors is part of the format and may never change for a width.
 """

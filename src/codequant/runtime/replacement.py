@@ -1,0 +1,95 @@
+"""From a plain model skeleton to one with quantized modules, and the names under which its tensors are stored."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+
+from codequant import packing
+from codequant.checkpoint_names import Source, is_experts, matrices, parameter_sources
+from codequant.quantization_config import QuantizationConfig, Scheme
+from codequant.runtime.modules import CodebookExperts, CodebookLinear, Part, quantize_weight_of
+
+
+class NameTable(WeightRenaming):
+    """Renames checkpoint tensors by an exact table, in both directions.
+
+    It replaces the renaming patterns of transformers' conversion mapping: those end at a name boundary in some versions
+    and not in others, so that `gate.weight` may or may not match `gate.weight_packed`.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__(source_patterns="checkpoint", target_patterns="model")
+        self.names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key not in self.names:
+            return source_key, None
+        self._was_used = True
+        return self.names[source_key], self.source_patterns[0]
+
+    def reverse_transform(self) -> "NameTable":
+        return NameTable({new: old for old, new in self.names.items()})
+
+
+def replace_modules(model: PreTrainedModel, config: QuantizationConfig) -> NameTable:
+    """Swap every module of a meta-device model that `config` quantizes, in place.
+
+    Returns the table from the names of the checkpoint's tensors to names in the model. Tensors of experts that stay
+    plain keep the names from which transformers' own converters merge them.
+    """
+    sources = parameter_sources(model)
+    quantizable = matrices(model, sources)
+    names = {source.name: source.local for entries in sources.values() for source in entries}
+
+    def scheme_of(source: Source) -> Scheme | None:
+        return config.scheme(source.module) if source.name in quantizable else None
+
+    def store(source: Source, module: str, stem: str, quantized: bool) -> None:
+        if not quantized:
+            names[source.name] = f"{module}.{stem}"
+            return
+        del names[source.name]
+        names.update({f"{source.name}_{suffix}": f"{module}.{stem}_{suffix}" for suffix in packing.SUFFIXES})
+
+    with torch.device("meta"):
+        for name, module in list(model.named_modules()):
+            if is_experts(module):
+                parts = {
+                    parameter: [
+                        Part(
+                            s.local.removeprefix(f"{name}.").replace(".", "/"),
+                            s.module,
+                            s.shape,
+                            s.index == (),
+                            scheme_of(s),
+                        )
+                        for s in sources[f"{name}.{parameter}"]
+                    ]
+                    for parameter, _ in module.named_parameters(recurse=False)
+                }
+                if all(part.scheme is None for entries in parts.values() for part in entries):
+                    continue
+                model.set_submodule(name, CodebookExperts(module, parts, module.down_proj.dtype))
+                for parameter, entries in parts.items():
+                    for source, part in zip(sources[f"{name}.{parameter}"], entries):
+                        store(source, name, part.stem, part.scheme is not None)
+                continue
+            for source in sources.get(f"{name}.weight", ()):
+                if (scheme := scheme_of(source)) is not None:
+                    _replace_matrix(model, name, module, scheme)
+                    store(source, name, "weight", True)
+    return NameTable(names)
+
+
+def _replace_matrix(model: PreTrainedModel, name: str, module: Any, scheme: Scheme) -> None:
+    if type(module).forward is not nn.Linear.forward:
+        quantize_weight_of(module, scheme)
+        return
+    has_bias = module.bias is not None
+    linear = CodebookLinear(module.in_features, module.out_features, has_bias, scheme, module.weight.dtype)
+    model.set_submodule(name, linear)
