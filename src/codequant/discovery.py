@@ -138,7 +138,11 @@ class _Probe:
         return torch.full_like(hidden_states, self.experts_output)
 
     def run(
-        self, outputs: dict[str, Tensor] | None = None, default: float = 0.0, experts: float = 0.0, residual: float = 0.0
+        self,
+        outputs: dict[str, Tensor] | None = None,
+        default: float = 0.0,
+        experts: float = 0.0,
+        residual: float = 0.0,
     ) -> "_Linears":
         """One pass; linear maps return `outputs[path]`, or `default` everywhere. The result is in `.result`."""
         self.norm_inputs, self.experts_output = {}, experts
@@ -298,8 +302,10 @@ def _pairs(probe: _Probe, sites: list[Site]) -> Iterator[ChannelPair]:
             producers[path] = row_of_column
             linear &= bool(torch.allclose(doubled[path][consumer], 2 * x))
         maps = list(producers.values())
-        if not maps or any(not torch.equal(m, maps[0]) for m in maps) or int(maps[0].max()) >= min(
-            probe.linears[p].weight.shape[0] for p in producers
+        if (
+            not maps
+            or any(not torch.equal(m, maps[0]) for m in maps)
+            or int(maps[0].max()) >= min(probe.linears[p].weight.shape[0] for p in producers)
         ):
             continue
         through_attention = len(maps) == 1 and linear

@@ -135,5 +135,3 @@ def measure(unit: Unit, function: Callable[[], tuple[dict[str, torch.Tensor], di
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = round(time.perf_counter() - start, 4)
     return Record(unit.key, digest, size, info, {"seconds": seconds, "peak_bytes": peak, "pid": os.getpid()})
-
-

@@ -33,7 +33,9 @@ def gain_of(norm: Norm, tensors: Mapping[str, Tensor]) -> Tensor:
     gain = weight + 1 if norm.unit_offset else weight
     if norm.has_bias and bool((gain == 0).any()):
         channel = int((gain == 0).nonzero()[0])
-        raise InputError(f"{norm.path}: gain 0 in channel {channel} beside a bias, expected gains that can be divided out")
+        raise InputError(
+            f"{norm.path}: gain 0 in channel {channel} beside a bias, expected gains that can be divided out"
+        )
     return gain
 
 

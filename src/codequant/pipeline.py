@@ -99,7 +99,9 @@ def check_device(device: str) -> None:
     except RuntimeError as error:
         raise InputError(f"device: {device!r}, expected cpu or cuda[:N]") from error
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"device: {device!r} is not available here, expected cpu{' or cuda' * torch.cuda.is_available()}")
+        raise InputError(
+            f"device: {device!r} is not available here, expected cpu{' or cuda' * torch.cuda.is_available()}"
+        )
 
 
 def default_workers(device: str) -> int:
@@ -124,7 +126,11 @@ def calibration_windows(model: SourceModel, recipe: Calibration, text: str | Pat
     if limit is not None and recipe.length > limit:
         raise InputError(f"calibration.length: {recipe.length}, expected at most {limit}, the model's own context")
     return windows(
-        read_documents(text or DEFAULT_CALIBRATION), load_tokenizer(model.folder), recipe.windows, recipe.length, recipe.seed
+        read_documents(text or DEFAULT_CALIBRATION),
+        load_tokenizer(model.folder),
+        recipe.windows,
+        recipe.length,
+        recipe.seed,
     )
 
 
@@ -144,7 +150,9 @@ def check_disk(context: Context, folder: Path) -> None:
     """Enough room for hidden states, one layer's intermediate results and the output."""
     needed, free = disk_bytes(context), shutil.disk_usage(folder).free
     if needed > free:
-        raise InputError(f"disk: {free / 1e9:.1f} GB free in {folder}, expected about {needed / 1e9:.1f} GB for the work and output")
+        raise InputError(
+            f"disk: {free / 1e9:.1f} GB free in {folder}, expected about {needed / 1e9:.1f} GB for the work and output"
+        )
 
 
 def disk_bytes(context: Context) -> int:

@@ -59,7 +59,9 @@ class Weights(Stage):
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
     correction: float = Field(0.5, ge=0, le=1, description="how far targets move to make up for the quantized prefix")
     all_tokens: Fraction = Field(0.1, description="share of the all-token Hessian mixed into every expert's own")
-    min_expert_tokens: int = Field(128, ge=0, description="experts that see fewer tokens are calibrated with all tokens")
+    min_expert_tokens: int = Field(
+        128, ge=0, description="experts that see fewer tokens are calibrated with all tokens"
+    )
 
 
 class Activations(Stage):
@@ -100,7 +102,9 @@ def load_recipe(name_or_file: str | Path, overrides: list[str] | None = None) ->
     elif Path(name_or_file).is_file():
         text, where = Path(name_or_file).read_text(), Path(name_or_file).name
     else:
-        raise InputError(f"recipe: {str(name_or_file)!r}, expected a YAML file or one of {', '.join(bundled_recipes())}")
+        raise InputError(
+            f"recipe: {str(name_or_file)!r}, expected a YAML file or one of {', '.join(bundled_recipes())}"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -156,8 +156,12 @@ def resolve(source: str | Path) -> Path:
             return Path(snapshot_download(str(source), allow_patterns=[*SIDE_FILES, "*.safetensors"]))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"source: {str(source)!r} is no folder and could not be fetched from the hub: {reason}") from error
-    raise InputError(f"source: {str(source)!r}, expected an existing model folder or a hub id such as Qwen/Qwen3-30B-A3B")
+            raise InputError(
+                f"source: {str(source)!r} is no folder and could not be fetched from the hub: {reason}"
+            ) from error
+    raise InputError(
+        f"source: {str(source)!r}, expected an existing model folder or a hub id such as Qwen/Qwen3-30B-A3B"
+    )
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -208,7 +212,9 @@ class SourceModel:
             self.model: PreTrainedModel = skeleton(self.config)
         except (ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{folder}: model_type {self.config.model_type!r} is no causal language model ({reason})") from error
+            raise InputError(
+                f"{folder}: model_type {self.config.model_type!r} is no causal language model ({reason})"
+            ) from error
         self.checkpoint = Checkpoint(folder)
         self.base: nn.Module = self.model.base_model
         if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
@@ -227,7 +233,9 @@ class SourceModel:
         self.norm_name = names[id(self.base.get_submodule(final[0]))]
         self.sources: dict[str, list[TensorSource]] = parameter_sources(self.model)
         if unknown := [s.name for e in self.sources.values() for s in e if not self._stored(s.name)]:
-            raise InputError(f"{unknown[0]}: no such tensor in {folder} ({len(unknown)} are missing), the config needs it")
+            raise InputError(
+                f"{unknown[0]}: no such tensor in {folder} ({len(unknown)} are missing), the config needs it"
+            )
         for name, entry in self.checkpoint.entries.items():
             if entry.dtype.startswith("F8") and f"{name}_scale_inv" not in self.checkpoint.entries:
                 raise InputError(f"{name}: {entry.dtype} without {name}_scale_inv, expected FP8 blocks with scales")

@@ -29,6 +29,8 @@ from codequant.errors import InputError
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 22
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Store:
         temporary = path.with_name(f".{key}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             digest, size = file_sha256(temporary), temporary.stat().st_size
@@ -116,7 +119,9 @@ class Ledger:
             self._lock_file = (self.folder / "lock").open("a")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"work folder: {self.folder} is in use by another run, wait for it or choose another OUT") from error
+            raise InputError(
+                f"work folder: {self.folder} is in use by another run, wait for it or choose another OUT"
+            ) from error
         except OSError as error:
             raise InputError(f"work folder: {self.folder} is not writable ({error.strerror})") from error
 

@@ -27,7 +27,7 @@ class Routed(NamedTuple):
     top_k_weights: Tensor  # [N, k]
 
 
-class _Captured(Exception):  # noqa: N818  control flow, not an error
+class _Captured(Exception):
     def __init__(self, value: Any) -> None:
         self.value = value
 

@@ -72,7 +72,8 @@ def write_unknown_tensors(context: Context, out: Path) -> Path | None:
     unknown = [
         name
         for name in sorted(checkpoint.entries)
-        if name not in known and not any(name.endswith(p) and name.removesuffix(p) in known for p in quantized_parts)
+        if name not in known
+        and not any(name.endswith(p) and name.removesuffix(p) in known for p in quantized_parts)
         and not (context.source.is_tied and name == f"{context.source.head_name}.weight")
     ]
     if not unknown:
