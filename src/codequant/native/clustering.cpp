@@ -7,10 +7,10 @@
 
 #include "parallel.h"
 
-namespace {
-
 #define CODEQUANT_BODY "clustering_search.h"
 #include "multiversion.h"
+
+namespace {
 
 constexpr int kPadding = 8;  // the search reads whole vectors
 

@@ -10,23 +10,29 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CODEQUANT_VECTOR_BYTES 64
 #define CODEQUANT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+namespace {
 namespace avx512 {
 #include CODEQUANT_BODY
+}
 }
 #undef CODEQUANT_TARGET
 #undef CODEQUANT_VECTOR_BYTES
 #define CODEQUANT_VECTOR_BYTES 32
 #define CODEQUANT_TARGET __attribute__((target("avx2,fma")))
+namespace {
 namespace avx2 {
 #include CODEQUANT_BODY
+}
 }
 #undef CODEQUANT_TARGET
 #undef CODEQUANT_VECTOR_BYTES
 #endif
 #define CODEQUANT_VECTOR_BYTES 16
 #define CODEQUANT_TARGET
+namespace {
 namespace baseline {
 #include CODEQUANT_BODY
+}
 }
 #undef CODEQUANT_TARGET
 #undef CODEQUANT_VECTOR_BYTES
