@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from codequant.error_feedback import damped
 from codequant.hadamard import hadamard_transform
 from codequant.packing import SUFFIXES, PackedWeight, pack, unpack
 from codequant.quantization_config import Scheme
@@ -18,16 +17,18 @@ def quantize(context: Context, scheme: Scheme, weight: Tensor, moments: Moments)
     w = context.recipe.weights
     if scheme.hadamard:
         weight = hadamard_transform(weight)
-    hessian = damped(moments.hessian, w.damping)
-    target = None
-    if w.correction and w.method == "hessian":
-        # the cross moment gets the same ridge, so that equal inputs leave the target where it is
-        ridge = hessian - moments.hessian
-        target = target_weight(weight, hessian, moments.cross + ridge, w.correction)
     options = WeightOptions(
-        bits=scheme.bits, group_size=scheme.group_size, method=w.method, rounds=w.rounds, sweeps=w.sweeps
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        method=w.method,
+        rounds=w.rounds,
+        sweeps=w.sweeps,
+        damp=w.damping,
     )
-    return quantize_weight(weight, hessian, target, options)
+    target = None
+    if w.method == "hessian" and w.correction > 0:
+        target = target_weight(weight, moments.hessian, moments.cross, w.correction, w.damping)
+    return quantize_weight(weight, moments.hessian, target, options, threads=1)
 
 
 def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight]:
