@@ -2,18 +2,21 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, random_model
+from helpers import FAMILIES, quantize_rtn_checkpoint, random_model
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import codequant
 from codequant import evaluation
 from codequant.errors import InputError, VerificationError
 from codequant.evaluation import context_length, decoder_layers, evaluate, relative_errors, render, set_changes
+from codequant.quantization_config import QuantizationConfig, Scheme
 
 # Of the Qwen3-MoE model in helpers; the first of its three layers is dense, the others have 5 experts, 2 per token.
 V, H = 67, 48
@@ -76,6 +79,19 @@ def test_renumbered_experts_change_the_router_and_nothing_else() -> None:
     assert result.router_change == 0.5
     # Only the order in which two experts' outputs are added may differ: a rounding error, squared by the divergence.
     assert result.kl is not None and abs(result.kl) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_folder_is_traced_like_its_source(family: str, tmp_path: Path) -> None:
+    source = random_model(family)
+    scheme = Scheme(activation_bits=16)
+    dequantized = quantize_rtn_checkpoint(source, tmp_path, QuantizationConfig(scheme, ignore=("lm_head", "*.gate")))
+    model, _ = codequant.load(tmp_path)
+    against_source, against_weights = (evaluate(model, random_windows(), other) for other in (source, dequantized))
+    assert against_source.kl > 1e-4 and max(layer.error for layer in against_source.layers) > 1e-2
+    # The same weights in other kernels: rounding errors of float32, which add up to far less than this.
+    assert abs(against_weights.kl) < 1e-6 and against_weights.router_change == 0
+    assert max(layer.error for layer in against_weights.layers) < 1e-4
 
 
 def test_set_changes_ignore_the_order() -> None:
