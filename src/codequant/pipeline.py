@@ -24,7 +24,7 @@ from codequant.errors import InputError
 from codequant.executor import LocalExecutor, Progress, run_units
 from codequant.recipe import Calibration, Recipe, load_recipe
 from codequant.source import SourceModel, resolve
-from codequant.store import Ledger, Store, file_sha256, write_atomically
+from codequant.store import Ledger, Store, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
@@ -65,7 +65,7 @@ def quantize(
     check_disk(context, out.parent)
     files = scan_source(model, work)
 
-    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens)))
+    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens), device))
     try:
         write_atomically(work / SCAN, json.dumps(files))
         ledger.put(WINDOWS, {"windows": tokens.to(torch.int32)})
@@ -75,10 +75,12 @@ def quantize(
         finally:
             executor.close()
         write_output(out, context, ledger, provenance(model, chosen, files, tokens))
+        if not keep_work:
+            shutil.rmtree(work, ignore_errors=True)  # before the lock goes, so that no other run moves in
+    except OSError as error:
+        raise InputError(f"{error}; finished work is kept in {work}, the same command goes on from there") from error
     finally:
         ledger.close()
-    if not keep_work:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -171,27 +173,32 @@ def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
 
     Files whose size and time have not changed since an interrupted run are not read again.
     """
-    known = json.loads((work / SCAN).read_text()) if (work / SCAN).is_file() else {}
+    try:
+        known = json.loads((work / SCAN).read_bytes())
+    except (OSError, ValueError):
+        known = {}
 
     def scan(file: str) -> tuple[str, dict[str, Any]]:
-        path = model.folder / file
-        stamp = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        status = (model.folder / file).stat()
+        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         if (entry := known.get(file)) is not None and stamp.items() <= entry.items():
             return file, entry
-        model.checkpoint.check_finite(file)
-        return file, {**stamp, "sha256": file_sha256(path)}
+        return file, {**stamp, "sha256": model.checkpoint.scan(file)}
 
     with ThreadPoolExecutor(default_workers("cpu")) as pool:
         return dict(pool.map(scan, model.checkpoint.files))
 
 
-def identity(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str) -> dict[str, Any]:
+def identity(
+    model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str, device: str
+) -> dict[str, Any]:
     """What every result depends on. A work folder is only continued by a run with the same."""
     return {
         "source": {file: entry["sha256"] for file, entry in files.items()},
-        "source config": model.config.to_json_string(),
+        "source config": json.loads(model.config.to_json_string()),
         "recipe": recipe.model_dump(),
         "calibration": calibration,
+        "device": torch.device(device).type,  # sums are in another order there
         "versions": versions(),
     }
 
