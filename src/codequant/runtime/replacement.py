@@ -27,10 +27,12 @@ class NameTable(WeightRenaming):
         self.names = names
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if source_key not in self.names:
+        # As it saves, transformers 5.17 renames `experts.*.w1.weight` once for all experts: the first stands for them.
+        name = self.names.get(source_key.replace("*", "0"))
+        if name is None:
             return source_key, None
         self._was_used = True
-        return self.names[source_key], self.source_patterns[0]
+        return name, self.source_patterns[0]
 
     def reverse_transform(self) -> "NameTable":
         return NameTable({new: old for old, new in self.names.items()})

@@ -57,6 +57,10 @@ class CodequantQuantizer(HfQuantizer):
         from codequant.verification import check_model_files
 
         config = self.quantization_config.config
+        if type(model).__name__ not in (model.config.architectures or ()):
+            raise InputError(
+                f"{type(model).__name__}: expected {model.config.architectures}, loaded by AutoModelForCausalLM"
+            )
         if checkpoint_files is not None:
             check_model_files(model, config, map(Path, checkpoint_files))
         self.names = replace_modules(model, config)
