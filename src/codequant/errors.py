@@ -11,3 +11,9 @@ class VerificationError(RuntimeError):
     """A finished output folder does not hold what it promises; the message names the check and the tensor."""
 
     exit_code = 3
+
+
+class InvarianceError(RuntimeError):
+    """Folding or rotating changed what a layer computes; the message names the layer where the paths part."""
+
+    exit_code = 3
