@@ -45,8 +45,8 @@ class _Lookup(torch.autograd.Function):
 def dequantize(indices: Tensor, centroids: Tensor) -> Tensor:
     """Weight float32 [..., O, I] of indices uint8 [..., O, I] and centroids float32 [..., O, G, K].
 
-    It is the weight as it will be stored: entries are rounded to int8 times a float16 step. The gradient passes the rounding
-    straight through.
+    It is the weight as it will be stored: entries are rounded to int8 times a float16 step. The gradient passes the
+    rounding straight through.
     """
     entries, step = round_codebook(centroids.detach())
     rounded = entries.to(centroids.dtype) * step.to(centroids.dtype).unsqueeze(-1)
