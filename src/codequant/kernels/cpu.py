@@ -1,18 +1,20 @@
 """The native CPU kernels as PyTorch operators: repacking, codebook linear, and the fused feed-forward of experts.
 
-What is computed is `reference`'s, in float32 and whatever x's dtype. With activation bits 4 and 8 the integers are the
-same, and only the float32 rounding of a few products differs. With 16 bits the kernels take each token as a 24-bit
-integer (see native/isa.h), so that y differs from the reference by no more than a float32 dot product may:
+What is computed is `reference`'s, in float32 whatever x's dtype. With activation bits 4 and 8 the integers are the
+same, and only the rounding of a few float32 products differs. With 16 bits the kernels take each token as a 24-bit
+integer (see native/isa.h), no less exact than a float32 dot product. With S sums of at most 2048 columns of one group,
 
-    |y - reference| <= sum_i |W[o, i]| * 2**-23 * (max(x) - min(x))  +  4 * eps * max|x| * sum_i |W[o, i]|
+    |y - reference in float64| <= (20 + S) * 2**-23 * max|x| * sum_i |W[o, i]|
 
-plus the reference's own rounding. A token's result depends neither on the number of threads, nor on the other tokens of
-the call, nor on the instruction set; see native/panel.h.
+where 20 bounds the roundings to float32, one by one. A token's result depends neither on the number of threads, nor on
+the other tokens of the call, nor on the instruction set; see native/panel.h.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quan
 from codequant.packing import PackedWeight, packed_columns
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # enum class Activation of native/isa.h
+MAX_GROUP = 2**16  # columns: the integers of panel.h have room for no more
 
 
 def unavailable(device_type: str) -> str | None:
@@ -44,33 +47,32 @@ def _library() -> ctypes.CDLL:
 # Preparing
 
 
-@dataclass(frozen=True)
-class Panels:
-    """A stack of matrices [count, rows, columns] in the kernels' own layout (native/layout.h)."""
+class Shape(NamedTuple):
+    """Of a stack of matrices; the fields of layout.h's `Matrices` beside the pointer."""
 
-    data: Tensor  # uint8 [bytes], of this machine only: never saved
     count: int
     rows: int
     columns: int
     groups: int
     bits: int
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A stack of matrices in the kernels' own layout (native/layout.h)."""
+
+    data: Tensor  # uint8 [bytes], of this machine only: never saved
+    shape: Shape
     lead: tuple[int, ...]  # leading dimensions of the PackedWeight it was made from
-
-    @property
-    def shape(self) -> list[int]:
-        """The part that the operators need beside `data`."""
-        return [self.count, self.rows, self.columns, self.groups, self.bits]
-
-
-def _matrices(data: Tensor | None, shape: list[int]) -> native.Matrices:
-    return native.Matrices(None if data is None else data.data_ptr(), *shape)
 
 
 def prepare_linear(weight: PackedWeight) -> Panels:
     """Repack a matrix, or a stack of matrices, for the kernels; in time, about what reading it from a file takes."""
     *lead, rows, groups, _ = weight.codebook.shape
-    shape = [weight.codebook[..., 0, 0, 0].numel(), rows, weight.in_features, groups, weight.bits]
-    matrices = _matrices(None, shape)
+    if weight.group_size > MAX_GROUP:
+        raise InputError(f"group_size: {weight.group_size} columns to a codebook, the native kernels take {MAX_GROUP}")
+    shape = Shape(math.prod(lead), rows, weight.in_features, groups, weight.bits)
+    matrices = native.Matrices(None, *shape)
     data = torch.empty(_library().codequant_bytes(matrices), dtype=torch.uint8)
     _library().codequant_advise_huge_pages(data.data_ptr(), data.numel())
     matrices.panels = data.data_ptr()
@@ -78,19 +80,20 @@ def prepare_linear(weight: PackedWeight) -> Panels:
     _library().codequant_to_panels(
         matrices, packed.data_ptr(), codebook.data_ptr(), step.data_ptr(), torch.get_num_threads()
     )
-    return Panels(data, *shape, tuple(lead))
+    return Panels(data, shape, tuple(lead))
 
 
 def _restore_linear(panels: Panels) -> PackedWeight:
-    stack = (*panels.lead, panels.rows)
-    packed = torch.empty(*stack, packed_columns(panels.columns, panels.bits), dtype=torch.uint8)
-    codebook = torch.empty(*stack, panels.groups, 2**panels.bits, dtype=torch.int8)
-    step = torch.empty(*stack, panels.groups)
-    matrices = _matrices(panels.data, panels.shape)
+    shape = panels.shape
+    stack = (*panels.lead, shape.rows)
+    packed = torch.empty(*stack, packed_columns(shape.columns, shape.bits), dtype=torch.uint8)
+    codebook = torch.empty(*stack, shape.groups, 2**shape.bits, dtype=torch.int8)
+    step = torch.empty(*stack, shape.groups)
+    matrices = native.Matrices(panels.data.data_ptr(), *shape)
     _library().codequant_from_panels(
         matrices, packed.data_ptr(), codebook.data_ptr(), step.data_ptr(), torch.get_num_threads()
     )
-    return PackedWeight(packed, codebook, step.to(torch.float16), panels.columns)
+    return PackedWeight(packed, codebook, step.to(torch.float16), shape.columns)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ def _halves(weight: PackedWeight) -> PackedWeight:
 
 def _whole(weight: PackedWeight) -> PackedWeight:
     return replace(
-        weight, packed=weight.packed.flatten(1, 2), codebook=weight.codebook.flatten(1, 2), step=weight.step.flatten(1, 2)
+        weight,
+        packed=weight.packed.flatten(1, 2),
+        codebook=weight.codebook.flatten(1, 2),
+        step=weight.step.flatten(1, 2),
     )
 
 
@@ -129,12 +135,15 @@ def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
         and experts.activation in ACTIVATIONS
         and experts.down_transform is None
     )
-    if isinstance(gate_up, PackedWeight):
-        gate_up = prepare_linear(_halves(gate_up) if fused and experts.has_gate else gate_up)
-    if isinstance(down, PackedWeight):
-        down = prepare_linear(down)
+    if isinstance(gate_up, PackedWeight) and fused and experts.has_gate:
+        gate_up = _halves(gate_up)
     nothing = torch.empty(0)
-    return PreparedExperts(gate_up, down, replace(experts, gate_up=nothing, down=nothing), fused)
+    return PreparedExperts(
+        prepare_linear(gate_up) if isinstance(gate_up, PackedWeight) else gate_up,
+        prepare_linear(down) if isinstance(down, PackedWeight) else down,
+        replace(experts, gate_up=nothing, down=nothing),
+        fused,
+    )
 
 
 def restore(prepared: Panels | PreparedExperts) -> PackedWeight | ExpertWeights:
@@ -203,7 +212,7 @@ def _linear(
     if slots:
         _check(
             _library().codequant_linear(
-                _matrices(data, shape),
+                native.Matrices(data.data_ptr(), *shape),
                 x.data_ptr(),
                 tokens,
                 slots // tokens,
@@ -235,8 +244,9 @@ def _plain_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None
 
 
 @_operator(
-    "experts(Tensor x, Tensor index, Tensor weight, Tensor gate_up, int[] gate_up_shape, Tensor down, int[] down_shape, "
-    "Tensor? gate_up_bias, Tensor? down_bias, bool has_gate, int activation, int[] bits, float[] clip) -> Tensor",
+    "experts(Tensor x, Tensor index, Tensor weight, Tensor gate_up, int[] gate_up_shape, Tensor down, "
+    "int[] down_shape, Tensor? gate_up_bias, Tensor? down_bias, bool has_gate, int activation, int[] bits, "
+    "float[] clip) -> Tensor",
     fake=lambda x, index, weight, gate_up, gate_up_shape, down, down_shape, *_: x.new_empty(
         len(x), down_shape[1], dtype=torch.float32
     ),
@@ -262,8 +272,8 @@ def _experts(
     gate_up_bias, down_bias = _float(gate_up_bias), _float(down_bias)
     y = torch.empty(len(x), down_shape[1])
     arguments = native.Experts(
-        ctypes.pointer(_matrices(gate_up, gate_up_shape)),
-        ctypes.pointer(_matrices(down, down_shape)),
+        ctypes.pointer(native.Matrices(gate_up.data_ptr(), *gate_up_shape)),
+        ctypes.pointer(native.Matrices(down.data_ptr(), *down_shape)),
         _pointer(gate_up_bias),
         _pointer(down_bias),
         has_gate,
@@ -294,12 +304,10 @@ def linear(
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = _linear(flat, None, prepared.data, prepared.shape, bias, activation_bits, clip)
-    return y.to(x.dtype).reshape(*x.shape[:-1], prepared.rows)
+    return y.to(x.dtype).reshape(*x.shape[:-1], prepared.shape.rows)
 
 
-def _project(
-    x: Tensor, expert: Tensor, weight: Panels | Tensor, bias: Tensor | None, bits: int, clip: float
-) -> Tensor:
+def _project(x: Tensor, expert: Tensor, weight: Panels | Tensor, bias: Tensor | None, bits: int, clip: float) -> Tensor:
     if isinstance(weight, Tensor):
         return _plain_linear(x, expert, weight, bias, bits, clip)
     return _linear(x, expert, weight.data, weight.shape, bias, bits, clip)

@@ -65,7 +65,7 @@ def instruction_sets() -> list[str]:
     """Names of the instruction sets that both the library and this processor have, best first."""
     handle = library()
     assert handle is not None
-    names = []
+    names: list[str] = []
     while name := handle.codequant_isa(len(names)):
         names.append(name.decode())
     return names
