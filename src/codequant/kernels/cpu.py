@@ -50,7 +50,7 @@ def _library() -> ctypes.CDLL:
 class Shape(NamedTuple):
     """Of a stack of matrices; the fields of layout.h's `Matrices` beside the pointer."""
 
-    count: int
+    matrices: int
     rows: int
     columns: int
     groups: int
