@@ -37,9 +37,9 @@ def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight
     return [pack(*part) for part in parts]
 
 
-def packed_tensors(module: str, weight: PackedWeight) -> dict[str, Tensor]:
-    """The tensors of one matrix under the names of the format."""
-    return {f"{module}.weight_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
+def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of the format that stand for the checkpoint tensor `name`."""
+    return {f"{name}_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
 
 
 def pick(weight: PackedWeight, index: int) -> PackedWeight:
@@ -85,7 +85,7 @@ def stored(context: Context, name: str, tensor: Tensor) -> Tensor:
 def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
     """The student's layer, its experts apart, with every tensor as `key` stores it."""
     source, structure = context.source, context.source.structures[layer]
-    shapes = {path: tensor for path, tensor in source.layers[layer].state_dict().items()}
+    shapes = source.layers[layer].state_dict()
     own = [p for p in shapes if structure.experts is None or not p.startswith(f"{structure.experts.path}.")]
     plain = context.store.read(key, *plain_names(context, layer, {p: shapes[p] for p in own}).values())
     working = context.working_layer(layer, local_tensors(context, layer, plain))
