@@ -95,6 +95,11 @@ class Store:
         with safe_open(self.path(key), "pt") as file:
             return {name: file.get_tensor(name).clone() for name in names or file.keys()}
 
+    def map(self, key: str) -> dict[str, Tensor]:
+        """All tensors of a result on memory-mapped pages: what is not looked at is not read."""
+        with safe_open(self.path(key), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+
     def read_part(self, key: str, name: str, index: tuple) -> Tensor:
         """One tensor of a result, or a slice of it."""
         with safe_open(self.path(key), "pt") as file:
