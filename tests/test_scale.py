@@ -1,7 +1,6 @@
 """Runs that are interrupted, moved, damaged or starved: nothing is lost, and the output is the same to the byte."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -14,8 +13,6 @@ import scale_runs
 import torch
 from helpers import random_model, write_source
 from scale_runs import fingerprint, kill_after, recorded, run, start, wait_for_units
-
-from codequant.source import SourceModel
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
-from codequant.executor import LocalExecutor, Progress, run_units
+from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
 from codequant.source import SourceModel, resolve
-from codequant.store import Ledger, Store, write_atomically
+from codequant.store import Ledger, Store, versions, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
@@ -39,6 +39,8 @@ def quantize(
     *,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -48,7 +50,8 @@ def quantize(
 
     source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
     of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
-    demo text that comes with the package. workers: units of work at a time, by default one per CPU core (one on a GPU).
+    demo text that comes with the package. executor: units of work on threads of this process, or on a Ray cluster, by
+    default one that is started here. workers: units of work at a time, by default one per CPU core (one on a GPU).
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
     stopped. Raises InputError for anything wrong with the input, before any work starts.
@@ -69,11 +72,11 @@ def quantize(
     try:
         write_atomically(work / SCAN, json.dumps(files))
         ledger.put(WINDOWS, {"windows": tokens.to(torch.int32)})
-        executor = LocalExecutor(lambda unit: run_unit(context, unit), workers or default_workers(device))
+        runner = make_executor(executor, context, workers or default_workers(device), ray_address)
         try:
-            run_units(graph(context), ledger, executor, listen)
+            run_units(graph(context), ledger, runner, listen)
         finally:
-            executor.close()
+            runner.close()
         write_output(out, context, ledger, provenance(model, chosen, files, tokens))
         if not keep_work:
             shutil.rmtree(work, ignore_errors=True)  # before the lock goes, so that no other run moves in
@@ -82,6 +85,14 @@ def quantize(
     finally:
         ledger.close()
     return out
+
+
+def make_executor(kind: str, context: Context, workers: int, ray_address: str | None) -> Executor:
+    if kind == "ray":
+        return RayExecutor(context, workers, ray_address)
+    if ray_address is not None:
+        raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected --executor ray")
+    return LocalExecutor(lambda unit: run_unit(context, unit), workers)
 
 
 # --- what can be wrong, found before any work starts -----------------------------------------------------------------
@@ -202,10 +213,6 @@ def identity(
         "device": torch.device(device).type,  # sums are in another order there
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("codequant", "torch", "transformers")}
 
 
 def provenance(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], tokens: Tensor) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class Checkpoint:
         return DTYPES[self.entry(name).dtype]
 
     def read(self, name: str, index: tuple = ()) -> Tensor:
-        """A tensor or a slice of it. Memory-mapped: only what is looked at is read; block-quantized ones dequantized."""
+        """A tensor or a slice of it, memory-mapped: only what is looked at is read. Quantized ones are dequantized."""
         if name not in self.entries and f"{name}_blocks" in self.entries:
             blocks, scales = (self._map(f"{name}_{part}")[index or ...] for part in ("blocks", "scales"))
             return dequantize_mxfp4(blocks, scales)
@@ -226,7 +226,10 @@ def _is_finite(piece: memoryview, name: str, entry: Entry) -> bool:
 
 
 def dequantize_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
-    """DeepSeek-V3: float8 [O, I] times scale_inv [ceil(O / rows), ceil(I / columns)], block (rows, columns) -> bfloat16."""
+    """DeepSeek-V3: float8 [O, I] times scale_inv [O / rows, I / columns], rounded up, for block (rows, columns).
+
+    Returns bfloat16 [O, I].
+    """
     O, I = weight.shape
     rows, columns = block
     scale = scale_inv.float().repeat_interleave(rows, 0)[:O].repeat_interleave(columns, 1)[:, :I]
@@ -280,7 +283,9 @@ def load_config(folder: Path) -> PretrainedConfig:
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method")
         if method not in ("fp8", "mxfp4"):
-            raise InputError(f"quantization_config: quant_method {method!r}, expected an unquantized, fp8 or mxfp4 source")
+            raise InputError(
+                f"quantization_config: quant_method {method!r}, expected an unquantized, fp8 or mxfp4 source"
+            )
         if method == "fp8" and len(quantization.get("weight_block_size") or ()) != 2:
             raise InputError(
                 f"quantization_config: weight_block_size {quantization.get('weight_block_size')!r}, expected FP8 in "

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +45,11 @@ class Record:
     size: int  # bytes
     info: dict[str, Any] = field(default_factory=dict)  # what the report shows; a pure function of the unit
     measured: dict[str, float] = field(default_factory=dict)  # seconds, peak bytes; differs from run to run
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the bytes of a result."""
+    return {name: version(name) for name in ("codequant", "torch", "transformers")}
 
 
 def file_sha256(path: Path) -> str:
@@ -98,7 +104,7 @@ class Store:
     def map(self, key: str) -> dict[str, Tensor]:
         """All tensors of a result on memory-mapped pages: what is not looked at is not read."""
         with safe_open(self.path(key), "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, no mapping
 
     def read_part(self, key: str, name: str, index: tuple) -> Tensor:
         """One tensor of a result, or a slice of it."""
