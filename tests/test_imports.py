@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"errors"},
     "quantization_config": {"errors", "packing"},
     "data": set(),
-    "native": set(),
+    "native": {"errors"},
     "hadamard": {"errors"},
     "kernels": {*FORMAT, *COMPUTE},
     "structure": set(),

@@ -59,7 +59,7 @@ def quantize(
     model = SourceModel(resolve(source))
     tokens = calibration_windows(model, chosen.calibration, calibration)
     chosen = with_windows(chosen, len(tokens))
-    work = out.with_name(f"{out.name}.codequant-work")
+    work = work_folder(out)
     context = Context(model, chosen, Store(work), device)
     check_supported(context)
     check_disk(context, out.parent)
@@ -80,6 +80,11 @@ def quantize(
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps its finished units, beside the output that it will become."""
+    return out.with_name(f"{out.name}.codequant-work")
 
 
 # --- what can be wrong, found before any work starts -----------------------------------------------------------------
