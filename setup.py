@@ -32,7 +32,7 @@ CONTRACTED = ("clustering", "error_feedback")
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "unix":
-            # No contraction: a product and a sum that become one instruction on some processors only would differ there.
+            # No contraction: where only some processors make one instruction of a product and a sum, results differ.
             flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
             ext.extra_compile_args += [*flags, "-Wall", "-Wextra", "-Werror"]
             ext.extra_link_args += ["-pthread"]

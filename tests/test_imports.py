@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"errors"},
     "quantization_config": {"errors", "packing"},
     "data": set(),
-    "native": set(),
+    "native": {"errors"},
     "hadamard": {"errors"},
     "kernels": {*FORMAT, *COMPUTE},
     "structure": set(),
@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *FORMAT, *MODEL, *COMPUTE, *STAGES,
         *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
     },
+    "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.

@@ -4,6 +4,7 @@ Everything that can be wrong with the input is found before any work starts; the
 at a time; the output appears under its name only when it is whole.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def quantize(
     *,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
-    executor: Literal["local", "ray"] = "local",
+    executor: str = "local",
     ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -59,10 +60,11 @@ def quantize(
     out = check_output(Path(out))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     check_device(device)
+    check_executor(executor, ray_address)
     model = SourceModel(resolve(source))
     tokens = calibration_windows(model, chosen.calibration, calibration)
     chosen = with_windows(chosen, len(tokens))
-    work = out.with_name(f"{out.name}.codequant-work")
+    work = work_folder(out)
     context = Context(model, chosen, Store(work), device)
     check_supported(context)
     check_disk(context, out.parent)
@@ -90,9 +92,12 @@ def quantize(
 def make_executor(kind: str, context: Context, workers: int, ray_address: str | None) -> Executor:
     if kind == "ray":
         return RayExecutor(context, workers, ray_address)
-    if ray_address is not None:
-        raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected --executor ray")
     return LocalExecutor(lambda unit: run_unit(context, unit), workers)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps its finished units, beside the output that it will become."""
+    return out.with_name(f"{out.name}.codequant-work")
 
 
 # --- what can be wrong, found before any work starts -----------------------------------------------------------------
@@ -115,6 +120,15 @@ def check_device(device: str) -> None:
         raise InputError(
             f"device: {device!r} is not available here, expected cpu{' or cuda' * torch.cuda.is_available()}"
         )
+
+
+def check_executor(kind: str, ray_address: str | None) -> None:
+    if kind not in ("local", "ray"):
+        raise InputError(f"executor: {kind!r}, expected local or ray")
+    if kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError("executor: ray is not installed, `pip install 'codequant[ray]'` installs it")
+    if kind != "ray" and ray_address is not None:
+        raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected executor ray")
 
 
 def default_workers(device: str) -> int:

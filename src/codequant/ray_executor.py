@@ -27,10 +27,8 @@ class RayExecutor:
 
     def __init__(self, context: Context, workers: int, address: str | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError("executor: ray is not installed, `pip install 'codequant[ray]'` installs it") from error
+        import ray  # an extra of the package
+
         self.ray = ray
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
