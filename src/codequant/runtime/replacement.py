@@ -43,8 +43,8 @@ class NameTable(WeightRenaming):
 class UnmergedTensors(WeightConverter):
     """Tensors that the model holds one by one, as the checkpoint does.
 
-    transformers would make a renaming object for each, with a regular expression to compile: most of the time to load
-    or save a model with thousands of experts. This converter is copied instead, and cheaply.
+    transformers would make a renaming object for each, with a regular expression to compile: most of the time to
+    load or save a model with thousands of experts. This converter is copied instead, and cheaply.
     """
 
     __slots__ = ("names",)
