@@ -59,8 +59,9 @@ def setup(
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("codequant").setLevel(level)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its bars and hints would mix with ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 class Memory(ProgressColumn):
@@ -85,6 +86,7 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
         Memory(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
@@ -156,6 +158,11 @@ def run_quantize(
 ) -> None:
     from codequant import pipeline
 
+    def show(progress: "UnitProgress") -> None:
+        update(describe(progress), progress.done, progress.total)
+        if not err.is_terminal and progress.unit.function == "layer":
+            err.print(f"{describe(progress)}: {progress.done} of {progress.total} units done")
+
     with progress_bar("checking the source") as update:
         try:
             pipeline.quantize(
@@ -169,7 +176,7 @@ def run_quantize(
                 workers=workers,
                 device=device,
                 keep_work=keep_work,
-                listen=lambda p: update(describe(p), p.done, p.total),
+                listen=show,
             )
         except KeyboardInterrupt:
             work = pipeline.work_folder(output)

@@ -61,7 +61,8 @@ class UnmergedTensors(WeightConverter):
         return source_key, source_key
 
     def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
-        return self.materialize_tensors()
+        (tensors,) = self.materialize_tensors().values()
+        return {layer_name: tensors}
 
     def reverse_transform(self) -> "UnmergedTensors":
         return UnmergedTensors(self.source_patterns)
