@@ -4,7 +4,6 @@ The graph is static, so which units are left to do follows from the manifest alo
 workers, walks back from the wanted results and skips every valid one on the way.
 """
 
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -142,9 +141,12 @@ def run_units(
 
 def measure(unit: Unit, function: Callable[[], tuple[dict[str, torch.Tensor], dict]], write: Callable) -> Record:
     """Run a unit's function, write its tensors and make its record."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.thread_time()
     tensors, info = function()
     digest, size = write(unit.key, tensors)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = round(time.perf_counter() - start, 4)
-    return Record(unit.key, digest, size, info, {"seconds": seconds, "peak_bytes": peak, "pid": os.getpid()})
+    measured = {
+        "seconds": round(time.perf_counter() - start, 4),
+        "cpu_seconds": round(time.thread_time() - cpu_start, 4),  # what the unit costs on a machine that is not shared
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return Record(unit.key, digest, size, info, measured)

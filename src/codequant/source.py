@@ -172,21 +172,29 @@ class Checkpoint:
 
     def copy_raw(self, names: Iterable[str], path: Path) -> None:
         """Write tensors to a new shard exactly as they are stored, whatever their size."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            entry = self.entries[name]
-            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (end, end := end + entry.size)}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                entry = self.entries[name]
+        entries = {name: self.entries[name] for name in names}
+
+        def pieces() -> Iterator[memoryview]:
+            for entry in entries.values():
                 with (self.folder / entry.file).open("rb") as stream:
                     stream.seek(entry.offset)
-                    for piece in _pieces(stream, bytearray(CHUNK), entry.size):
-                        out.write(piece)
+                    yield from _pieces(stream, bytearray(CHUNK), entry.size)
+
+        write_shard(path, {name: (e.dtype, e.shape, e.size) for name, e in entries.items()}, pieces())
+
+
+def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]], data: Iterable[Any]) -> None:
+    """A safetensors file of tensors (type, shape, bytes) whose buffers come one after another, never all in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end := end + size)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in data:
+            out.write(piece)
 
 
 def read_header(path: Path) -> dict[str, Entry]:

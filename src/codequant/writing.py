@@ -134,9 +134,10 @@ def timings(ledger: Ledger) -> dict[str, Any]:
     kinds: dict[str, dict[str, float]] = {}
     for record in ledger.records.values():
         if record.measured:
-            kind = kinds.setdefault(record.key.split(".")[0], {"units": 0, "seconds": 0.0, "peak_bytes": 0})
+            kind = kinds.setdefault(record.key.split(".")[0], {"units": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0})
             kind["units"] += 1
-            kind["seconds"] = round(kind["seconds"] + record.measured["seconds"], 4)
+            for name in ("seconds", "cpu_seconds"):
+                kind[name] = round(kind[name] + record.measured[name], 4)
             kind["peak_bytes"] = max(kind["peak_bytes"], record.measured["peak_bytes"])
     return kinds
 

@@ -17,7 +17,9 @@ from codequant.store import Store
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
-SHARD_BYTES = 384 << 20  # second moments and weights of one shard of experts
+# Second moments and weights of one shard of experts. A GPU runs one shard at a time and wants it large: its sweeps over
+# columns take as long for one expert as for dozens.
+SHARD_BYTES = {"cpu": 384 << 20, "cuda": 6 << 30}
 MIN_SHARDS = 4  # per layer, so that small layers too keep several workers busy
 WINDOWS = "calibration"  # key of the token windows, int32 [N, T]
 
@@ -99,7 +101,7 @@ class Context:
             return []
         H, M = self.source.hidden_size, experts.intermediate
         bytes_per_expert = 4 * (4 * H * H + 4 * M * M + 6 * 3 * H * M)
-        size = max(1, min(-(-experts.num_experts // MIN_SHARDS), SHARD_BYTES // bytes_per_expert))
+        size = max(1, min(-(-experts.num_experts // MIN_SHARDS), SHARD_BYTES[self.device.type] // bytes_per_expert))
         return [slice(i, min(i + size, experts.num_experts)) for i in range(0, experts.num_experts, size)]
 
     def module_name(self, layer: int, reader: str) -> str:
