@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *FORMAT, *MODEL, *COMPUTE, *STAGES,
         *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
     },
+    "plan": {*FORMAT, "executor", "units"},
     "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
 }  # fmt: skip

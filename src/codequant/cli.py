@@ -188,6 +188,24 @@ def run_quantize(
 
 
 @app.command()
+def plan(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="bundled recipe or YAML file")] = "w4a8",
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Predict the memory, disk and time of a run from the config and the shards' headers; reads no weights."""
+    from codequant.pipeline import plan_run
+    from codequant.plan import as_table
+
+    found = plan_run(source, recipe, overrides=overrides, workers=workers, device=device)
+    out.print(as_table(found))
+    write_json(found.to_dict(), json_file)
+
+
+@app.command()
 def verify(
     folder: Folder,
     source: Annotated[str | None, typer.Option(help="the model it was made from, to compare hashes")] = None,

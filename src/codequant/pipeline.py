@@ -6,7 +6,6 @@ at a time; the output appears under its name only when it is whole.
 
 import importlib.util
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
 from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.plan import Plan, disk_bytes, plan, workers_that_fit
 from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
 from codequant.source import SourceModel, resolve
@@ -74,7 +75,7 @@ def quantize(
     try:
         write_atomically(work / SCAN, json.dumps(files))
         ledger.put(WINDOWS, {"windows": tokens.to(torch.int32)})
-        runner = make_executor(executor, context, workers or default_workers(device), ray_address)
+        runner = make_executor(executor, context, workers or default_workers(context), ray_address)
         try:
             run_units(graph(context), ledger, runner, listen)
         finally:
@@ -93,6 +94,22 @@ def make_executor(kind: str, context: Context, workers: int, ray_address: str | 
     if kind == "ray":
         return RayExecutor(context, workers, ray_address)
     return LocalExecutor(lambda unit: run_unit(context, unit), workers)
+
+
+def plan_run(
+    source: str | Path,
+    recipe: str | Path | Recipe = "w4a8",
+    *,
+    overrides: list[str] | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """What `quantize` with these arguments will need, with as many calibration windows as the recipe asks for."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    check_device(device)
+    context = Context(SourceModel(resolve(source)), chosen, Store(Path()), device)
+    check_supported(context)
+    return plan(context, workers or default_workers(context))
 
 
 def work_folder(out: Path) -> Path:
@@ -131,8 +148,11 @@ def check_executor(kind: str, ray_address: str | None) -> None:
         raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected executor ray")
 
 
-def default_workers(device: str) -> int:
-    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+def default_workers(context: Context) -> int:
+    """One per CPU core as far as their units fit in memory; one on a GPU."""
+    if context.device.type != "cpu":
+        return 1
+    return workers_that_fit(context, len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
 
 
 def check_supported(context: Context) -> None:
@@ -174,24 +194,13 @@ def with_windows(recipe: Recipe, count: int) -> Recipe:
 
 
 def check_disk(context: Context, folder: Path) -> None:
-    """Enough room for hidden states, one layer's intermediate results and the output."""
-    needed, free = disk_bytes(context), shutil.disk_usage(folder).free
+    """Enough room for hidden states, intermediate results and the output, beside what an interrupted run has left."""
+    found = sum(path.stat().st_size for path in context.store.folder.rglob("*") if path.is_file())
+    needed, free = disk_bytes(context), found + shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"disk: {free / 1e9:.1f} GB free in {folder}, expected about {needed / 1e9:.1f} GB for the work and output"
+            f"disk: {free / 1e9:.2f} GB free in {folder}, expected about {needed / 1e9:.2f} GB for the work and output"
         )
-
-
-def disk_bytes(context: Context) -> int:
-    """Upper estimate of what a run keeps on disk at its fullest."""
-    recipe, source = context.recipe, context.source
-    stream = recipe.calibration.windows * recipe.calibration.length * source.hidden_size * 4
-    samples = recipe.rotation.samples * source.hidden_size * 2
-    stored = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-    model = sum(stored.get(e.dtype, 1) * math.prod(e.shape) for e in source.checkpoint.entries.values())
-    # the teacher's states at every layer, the student's and the experts' inputs at one; the output is no larger than
-    # the source
-    return stream * (source.num_layers + 1 + 4) + samples + model
 
 
 def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
@@ -211,7 +220,7 @@ def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
             return file, entry
         return file, {**stamp, "sha256": model.checkpoint.scan(file)}
 
-    with ThreadPoolExecutor(default_workers("cpu")) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return dict(pool.map(scan, model.checkpoint.files))
 
 

@@ -134,7 +134,9 @@ def timings(ledger: Ledger) -> dict[str, Any]:
     kinds: dict[str, dict[str, float]] = {}
     for record in ledger.records.values():
         if record.measured:
-            kind = kinds.setdefault(record.key.split(".")[0], {"units": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0})
+            kind = kinds.setdefault(
+                record.key.split(".")[0], {"units": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}
+            )
             kind["units"] += 1
             for name in ("seconds", "cpu_seconds"):
                 kind[name] = round(kind[name] + record.measured[name], 4)

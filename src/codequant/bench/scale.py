@@ -19,7 +19,7 @@ from codequant.checkpoint_names import parameter_sources, skeleton
 from codequant.data import DEMO_MODEL
 from codequant.source import INDEX, write_shard
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 256,
         "num_attention_heads": 4,
@@ -85,9 +85,9 @@ def write_checkpoint(folder: Path, config: PretrainedConfig, seed: int = 0) -> P
                 tensor = 1 + 0.1 * torch.randn(shape, generator=generator)
             else:
                 tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-            yield memoryview(tensor.bfloat16().view(torch.uint8).numpy()).cast("B")
+            yield tensor.bfloat16().view(torch.uint8).numpy().data.cast("B")
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, shapes in shards.items():
         entries = {name: ("BF16", shape, 2 * torch.Size(shape).numel()) for name, shape in shapes.items()}
         write_shard(folder / file, entries, data(shapes))

@@ -55,9 +55,11 @@ def ends(context: Context) -> Result:
     def by_rows(parameter: str, fold: Callable[[Tensor], Tensor]) -> Tensor:
         """A fold of a vocabulary's matrix [V, H], a run of rows at a time: whole, in float32, it is gigabytes."""
         weight = source.checkpoint.read(source.sources[parameter][0].name)
-        return torch.cat(
-            [fold(rows.to(context.device, torch.float32)).to(source.dtype).cpu() for rows in weight.split(ROWS)]
-        )
+        folded = torch.empty(weight.shape, dtype=source.dtype)
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            folded[rows] = fold(weight[rows].to(context.device, torch.float32))
+        return folded
 
     tensors[head] = by_rows(embedding if source.is_tied else head, lambda w: fold_reader(w, device_gain, rotation))
     tensors[embedding] = by_rows(embedding, lambda w: rotate_rows(w, rotation))
