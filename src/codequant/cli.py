@@ -357,10 +357,9 @@ def main() -> None:
     """Entry point: turns what a user can hit into one line and an exit code."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except (InputError, VerificationError, InvarianceError) as error:
         if debug:

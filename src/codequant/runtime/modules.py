@@ -169,7 +169,9 @@ class CodebookExperts(CodebookModule):
             if part.scheme is None:
                 self.register_buffer(part.stem, torch.empty(part.shape, dtype=dtype))
                 continue
-            *experts, O, I = part.shape if not self.is_transposed else (*part.shape[:-2], *part.shape[:-3:-1])
+            *experts, O, I = part.shape
+            if self.is_transposed:
+                O, I = I, O
             shapes = packing.shapes(O, I, part.scheme.bits, part.scheme.group_size)
             self._register_matrix(part.stem, {suffix: (*experts, *shape) for suffix, shape in shapes.items()})
 
