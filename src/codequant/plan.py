@@ -210,7 +210,8 @@ class _Sizes:
         (entry,) = context.source.sources[f"{context.source.embedding_name}.weight"]
         self.V = entry.shape[0]
         self.stream = 4 * self.n * self.H  # bytes of one shard of hidden states
-        self.attention = 4.0 * self.n * self.T * config.num_attention_heads * getattr(config, "head_dim", 128)
+        head = getattr(config, "head_dim", None) or self.H // config.num_attention_heads
+        self.attention = 4.0 * self.n * self.T * config.num_attention_heads * head
 
     @cache  # noqa: B019  lives as long as the plan
     def sites(self, layer: int) -> list[tuple[int, int, bool]]:
