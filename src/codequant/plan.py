@@ -28,20 +28,25 @@ from codequant.units.matrices import quantize
 from codequant.units.moments import Moments
 
 PROCESS_BYTES = 430 << 20  # Python with torch and transformers, before any work
-SAMPLE_WIDTH = 768  # of the matrix that is quantized to measure rates
-SAMPLE_ROWS = (8, 136)
+SAMPLE_WIDTH = 2048  # of the widest matrix that is quantized to measure rates
+SAMPLE_ROWS = (16, 272)
 UNIT_SECONDS = 0.005  # two synced files and the bookkeeping of a unit
 CALL_SECONDS = 5e-5  # one operation on small tensors, from Python
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one worker does per second."""
+    """What one worker does."""
 
-    product: float  # floating-point operations in float32 matrix products
-    copy: float  # bytes that elementwise passes read and write
-    row: float  # seconds to quantize one weight, per input channel of its row: sweeps are quadratic in the row
-    matrix: float  # seconds per matrix beside its rows, over the cube of its input channels
+    product: float  # floating-point operations per second, in float32 matrix products
+    copy: float  # bytes per second that elementwise passes read and write
+    quantize: dict[int, tuple[float, float]]  # I: seconds per Hessian, and per row that is quantized under it
+
+    def quantizing(self, I: int, hessians: float, rows: float) -> float:
+        """Seconds. Wider matrices than were measured: factorisations grow by the cube, sweeps by the square."""
+        width = min((w for w in self.quantize if w >= I), default=max(self.quantize))
+        per_hessian, per_row = self.quantize[width]
+        return hessians * per_hessian * (I / width) ** 3 + rows * per_row * (I / width) ** 2
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ class Work:
 
     products: float = 0.0  # float32 operations
     passes: float = 0.0  # bytes read and written by elementwise passes
-    rows: float = 0.0  # sum of O * I ** 2 over the matrices that are quantized
-    cubes: float = 0.0  # sum of I ** 3 over the Hessians that are factorised
+    quantized: tuple[tuple[int, float, float], ...] = ()  # (I, Hessians, rows)
     calls: float = 0.0  # operations on tensors so small that only their number counts
     memory: float = 0.0  # bytes that it holds at its fullest
     result: float = 0.0  # bytes that it writes
@@ -62,8 +66,7 @@ class Work:
             + self.calls * CALL_SECONDS
             + self.products / rates.product
             + self.passes / rates.copy
-            + self.rows * rates.row
-            + self.cubes * rates.matrix
+            + sum(rates.quantizing(*part) for part in self.quantized)
         )
 
 
@@ -263,7 +266,7 @@ def _forward(s: _Sizes, layer: int, experts: bool) -> Work:
     passes = 24.0 * weights + 40 * s.stream
     if experts:
         products += 2.0 * s.n * k * expert
-        passes += 24.0 * min(E, s.n * k) * expert + s.n * k * (20 * s.H + 30 * M)
+        passes += 15.0 * min(E, s.n * k) * expert + s.n * k * (20 * s.H + 30 * M)
     widest = max((O for O, *_ in s.sites(layer)), default=0)
     memory = 10 * weights + 6 * s.stream + 8 * s.n * widest + 16 * expert
     return Work(products, passes, calls=25 * E * experts, memory=memory, result=s.stream)
@@ -317,8 +320,7 @@ def _dense(s: _Sizes, layer: int) -> Work:
     return Work(
         products,
         passes=runs * s.shards * (24.0 * weights + 40 * s.stream) + sum(24.0 * s.N * I for _, I in quantized),
-        rows=sum(O * float(I) ** 2 for O, I in quantized),
-        cubes=sum(float(I) ** 3 for _, I in quantized),
+        quantized=tuple((I, 1, O) for O, I in quantized),
         memory=16 * weights + 10 * s.stream + 64 * widest**2 + 24 * rows * widest,
         result=s.packed(layer)[0] + (8 * s.H**2 if E else 0),
     )
@@ -342,8 +344,9 @@ def _experts(s: _Sizes, layer: int, start: int, stop: int) -> Work:
     return Work(
         products,
         passes=count * (60.0 * expert + 60 * (s.H**2 + M**2)) + tokens * (60 * s.H + 60 * M),
-        rows=count * ((outer is not None) * (P - 1) * M * float(s.H) ** 2 + (inner is not None) * s.H * float(M) ** 2),
-        cubes=count * ((outer is not None) * float(s.H) ** 3 + (inner is not None) * float(M) ** 3),
+        quantized=tuple(
+            (I, count, count * O) for I, O, scheme in ((s.H, (P - 1) * M, outer), (M, s.H, inner)) if scheme is not None
+        ),
         calls=60 * count * s.shards,
         memory=count * (16 * expert + 32 * s.H**2) + 56 * s.H**2 + 24 * tokens / count * (s.H + M),
         result=count * s.packed(layer)[1],
@@ -388,17 +391,31 @@ def measure_rates(context: Context) -> Rates:
         long = torch.zeros(1 << 24, device=device)
         product = 2 * 1024**3 / _best(lambda: a @ b, device)
         copy = 2 * 4 * len(long) / _best(lambda: long.mul(2), device)
-        I = SAMPLE_WIDTH
-        x = torch.randn(4 * I, I, generator=generator).to(device)
-        moments = Moments(x.T @ x / len(x), x.T @ x / len(x))
-        few, many = (
-            _best(lambda w=w: quantize(context, context.config.default, w, moments), device, 2)  # type: ignore[misc]
-            for w in (torch.randn(1, rows, I, generator=generator).to(device) for rows in SAMPLE_ROWS)
-        )
+        widths = sorted({min(I, SAMPLE_WIDTH) for I in quantized_widths(context)})
+        quantizing = {I: _seconds_to_quantize(context, I, generator) for I in widths}
     finally:
         torch.set_num_threads(threads)
-    row = (many - few) / (SAMPLE_ROWS[1] - SAMPLE_ROWS[0]) / I**2
-    return Rates(product, copy, row, max(0.0, few - SAMPLE_ROWS[0] * I**2 * row) / I**3)
+    return Rates(product, copy, quantizing)
+
+
+def _seconds_to_quantize(context: Context, I: int, generator: torch.Generator) -> tuple[float, float]:
+    """Per Hessian and per row, from two random matrices of different height."""
+    x = torch.randn(2 * I, I, generator=generator).to(context.device)
+    moments = Moments(x.T @ x / len(x), x.T @ x / len(x))
+
+    def seconds(rows: int) -> float:
+        weight = torch.randn(1, rows, I, generator=generator).to(context.device)
+        return _best(lambda: quantize(context, context.config.default, weight, moments), context.device, repeats=3)
+
+    few, many = (seconds(rows) for rows in SAMPLE_ROWS)
+    row = max(0.0, many - few) / (SAMPLE_ROWS[1] - SAMPLE_ROWS[0])
+    return max(0.0, few - SAMPLE_ROWS[0] * row), row
+
+
+def quantized_widths(context: Context) -> set[int]:
+    """Input channels of the matrices that a run quantizes."""
+    work = count_work(context, graph(context)).values()
+    return {I for unit in work for I, *_ in unit.quantized}
 
 
 def _best(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
