@@ -233,3 +233,29 @@ extern "C" void codequant_refit(const float* target, const float* hessian, const
         }
     });
 }
+
+// cost [B, O] = e H e^T of every row of error [B, O, I] under hessian [B, I, I].
+extern "C" void codequant_row_cost(const float* error, const float* hessian, int64_t B, int64_t O, int64_t I, int threads,
+                                   double* cost) {
+    const Shape shape{B, O, I, 0, 0};
+    const int64_t tasks = B * shape.tiles();
+    parallel(tasks, threads, [&](const auto& next) {
+        Tile tile(shape);
+        for (int64_t task; (task = next()) < tasks;) {
+            const int64_t b = task / shape.tiles(), first_row = task % shape.tiles() * kTile, row = b * O + first_row;
+            tile.rows = std::min(kTile, O - first_row);
+            for (int64_t r = 0; r < tile.rows; ++r)
+                for (int64_t c = 0; c < I; ++c) tile.error[tile.at(r, c)] = error[(row + r) * I + c];
+            std::fill_n(cost + row, tile.rows, 0.0);
+            for (int64_t first = 0; first < I; first += kBlock) {
+                const int64_t width = std::min(kBlock, I - first);
+                std::fill(tile.gradient.begin(), tile.gradient.end(), 0.0f);
+                tile.add_gradient(hessian + b * I * I, first, width, 0, I);
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    for (int64_t c = 0; c < width; ++c)
+                        cost[row + r] += static_cast<double>(tile.gradients(r / kLanes)[c * kLanes + r % kLanes]) *
+                                         tile.error[tile.at(r, first + c)];
+            }
+        }
+    });
+}
