@@ -54,7 +54,7 @@ def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("from_scratch", [True, False])
 def test_native_sweep_equals_reference_bit_for_bit(shape, from_scratch, isa, monkeypatch):
@@ -78,7 +78,7 @@ def test_native_sweep_equals_reference_bit_for_bit(shape, from_scratch, isa, mon
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_refit_equals_reference(shape, isa, monkeypatch):
     monkeypatch.setenv("CODEQUANT_ISA", isa)

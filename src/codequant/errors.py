@@ -1,4 +1,4 @@
-"""What a user can hit. Each class is one exit code of the command line (see docs/ERRORS in DESIGN: 1 is 'unexpected')."""
+"""What a user can hit. Each class is one exit code of the command line; 1 is left for the unexpected."""
 
 
 class InputError(ValueError):
@@ -9,5 +9,11 @@ class InputError(ValueError):
 
 class VerificationError(RuntimeError):
     """A finished output folder does not hold what it promises; the message names the check and the tensor."""
+
+    exit_code = 3
+
+
+class InvarianceError(RuntimeError):
+    """Folding or rotating changed what a layer computes; the message names the layer where the paths part."""
 
     exit_code = 3

@@ -28,14 +28,14 @@ def quantize_activation(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedAct
     """Dynamic per-token asymmetric min-max quantization of x [T, I] (any float dtype; the arithmetic is float32).
 
     The range [min, max] is scaled by `clip` first. A constant token has step 0 and is represented exactly by `lo`.
-    The level is round_half_even((x - lo) * inverse) with inverse = (2**bits - 1) / (hi - lo), a product and not a
+    The level is round_half_even((x - lo) * inverse) with inverse = 1 / (hi - lo) * (2**bits - 1), a product and not a
     quotient, so that every backend that follows this order of operations gets the same integers.
     """
     x = x.float()
     lo, hi = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip  # [T, 1]
     levels = 2**bits - 1
     width = hi - lo
-    inverse = torch.where(width > 0, levels / width, 0.0)
+    inverse = torch.where(width > 0, width.reciprocal() * levels, 0.0)
     level = ((x - lo) * inverse).round().clamp(0, levels).to(torch.uint8)
     return QuantizedActivation(level, width / levels, lo)
 
@@ -53,7 +53,11 @@ def fake_quantize(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 
 def codebook_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation_bits: int = FULL_PRECISION, clip: float = 1.0
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    activation_bits: int = FULL_PRECISION,
+    clip: float = 1.0,
 ) -> Tensor:
     """y [..., O] = x [..., I] @ W.T + bias, accumulated in float32 (float64 for float64 x) and returned in x's dtype.
 
@@ -114,7 +118,9 @@ def _expert_linear(
 ) -> Tensor:
     row_bias = None if bias is None else bias[expert]
     if isinstance(weight, Tensor):
-        return F.linear(fake_quantize(x, bits, clip), weight[expert].to(x.dtype), None if row_bias is None else row_bias.to(x.dtype))
+        return F.linear(
+            fake_quantize(x, bits, clip), weight[expert].to(x.dtype), None if row_bias is None else row_bias.to(x.dtype)
+        )
     one = PackedWeight(weight.packed[expert], weight.codebook[expert], weight.step[expert], weight.in_features)
     return codebook_linear(x, one, row_bias, bits, clip)
 
@@ -134,10 +140,35 @@ def codebook_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expe
             continue
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         hidden = x[token].to(compute)
-        hidden = _expert_linear(hidden, experts.gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip)
+        hidden = _expert_linear(
+            hidden, experts.gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip
+        )
         hidden = experts.apply_gate(hidden)
         if experts.down_transform is not None:
             hidden = experts.down_transform(hidden)
         out = _expert_linear(hidden, experts.down, expert, experts.down_bias, experts.down_bits, experts.down_clip)
         y.index_add_(0, token, out * top_k_weights[token, slot, None].to(compute))
     return y.to(x.dtype)
+
+
+# The interface of codequant.kernels.Backend: this one computes on the format itself, so there is nothing to prepare.
+
+
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def prepare_linear(weight: PackedWeight) -> PackedWeight:
+    return weight
+
+
+def prepare_experts(experts: ExpertWeights) -> ExpertWeights:
+    return experts
+
+
+def restore(prepared: PackedWeight | ExpertWeights) -> PackedWeight | ExpertWeights:
+    return prepared
+
+
+linear = codebook_linear
+experts = codebook_experts

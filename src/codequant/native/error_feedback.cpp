@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace {
@@ -135,7 +136,7 @@ void solve(std::vector<double>& m, double* b, int n, double ridge) {
 // `sweeps` passes over the columns, each choosing indices in turn (see sweep_reference). target [B, O, I]; matrix
 // [B, I, I]; codebook [B, O, G, K]; groups int32 [B, I] -> indices [B, O, I], also read unless from_scratch, in which
 // case the matrix is upper triangular.
-extern "C" void codequant_sweep(const float* target, const float* matrix, const float* codebook,
+CODEQUANT_API void codequant_sweep(const float* target, const float* matrix, const float* codebook,
                                 const int32_t* groups, int64_t B, int64_t O, int64_t I, int64_t G, int K, int sweeps,
                                 int from_scratch, int threads, uint8_t* indices) {
     const Shape shape{B, O, I, G, K};
@@ -157,7 +158,7 @@ extern "C" void codequant_sweep(const float* target, const float* matrix, const 
 
 // Least-squares codebooks for given indices, one column group after the other (see refit_reference). Shapes as above,
 // columns of a group adjacent; codebook is updated in place.
-extern "C" void codequant_refit(const float* target, const float* hessian, const uint8_t* indices,
+CODEQUANT_API void codequant_refit(const float* target, const float* hessian, const uint8_t* indices,
                                 int64_t B, int64_t O, int64_t I, int64_t G, int K, double ridge,
                                 int threads, float* codebook) {
     const Shape shape{B, O, I, G, K};

@@ -1,0 +1,161 @@
+"""What every unit may use: the source model, the recipe, and the results of other units."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair
+from codequant.hadamard import hadamard_matrix
+from codequant.quantization_config import QuantizationConfig, Scheme
+from codequant.recipe import Recipe
+from codequant.schemes import quantization_config
+from codequant.source import SourceModel
+from codequant.store import Store
+from codequant.working_layer import WorkingLayer
+
+Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
+SHARD_BYTES = 384 << 20  # second moments and weights of one shard of experts
+MIN_SHARDS = 4  # per layer, so that small layers too keep several workers busy
+WINDOWS = "calibration"  # key of the token windows, int32 [N, T]
+
+
+def hidden_key(stream: str, layer: int, shard: int) -> str:
+    """Key of the unit that makes the input of `layer`."""
+    if layer == 0:
+        return f"{'embed' if stream == 'teacher' else 'enter'}.w{shard:03d}"
+    return f"{stream}.l{layer - 1:03d}.w{shard:03d}"
+
+
+def dense_key(layer: int) -> str:
+    return f"dense.l{layer:03d}"
+
+
+def layer_key(layer: int) -> str:
+    return f"layer.l{layer:03d}"
+
+
+def route_key(layer: int, shard: int) -> str:
+    return f"route.l{layer:03d}.w{shard:03d}"
+
+
+def experts_key(layer: int, shard: int) -> str:
+    return f"experts.l{layer:03d}.s{shard:03d}"
+
+
+class Context:
+    """What every unit may use: the source model, the recipe and the results of other units."""
+
+    def __init__(self, source: SourceModel, recipe: Recipe, store: Store, device: str = "cpu") -> None:
+        self.source, self.recipe, self.store, self.device = source, recipe, store, torch.device(device)
+
+    @cached_property
+    def config(self) -> QuantizationConfig:
+        return quantization_config(self.source, self.recipe)
+
+    @cached_property
+    def arguments(self) -> list[dict[str, Any]]:
+        """Each layer's keyword arguments for one calibration window, on the device."""
+        return [to_device(a, self.device) for a in self.source.layer_arguments(self.recipe.calibration.length)]
+
+    @cached_property
+    def rotates(self) -> bool:
+        return self.recipe.rotation.method != "none"
+
+    @cached_property
+    def rotation(self) -> Tensor | None:
+        if not self.rotates:
+            return None
+        return self.store.read_one("rotation", "rotation").to(self.device)
+
+    @property
+    def window_shards(self) -> int:
+        c = self.recipe.calibration
+        return -(-c.windows // c.windows_per_unit)
+
+    def windows(self, shard: int) -> Tensor:
+        n = self.recipe.calibration.windows_per_unit
+        return self.store.read_one(WINDOWS, "windows")[shard * n : (shard + 1) * n].long()
+
+    def hidden(self, stream: str, layer: int, shard: int) -> Tensor:
+        """The input [n, T, H] of a layer in the teacher's or the student's residual stream."""
+        return self.store.read_one(hidden_key(stream, layer, shard), "hidden").to(self.device)
+
+    def expert_shards(self, layer: int) -> list[slice]:
+        """Runs of experts whose second moments and weights fit in SHARD_BYTES."""
+        experts = self.source.structures[layer].experts
+        if experts is None:
+            return []
+        H, M = self.source.hidden_size, experts.intermediate
+        bytes_per_expert = 4 * (4 * H * H + 4 * M * M + 6 * 3 * H * M)
+        size = max(1, min(-(-experts.num_experts // MIN_SHARDS), SHARD_BYTES // bytes_per_expert))
+        return [slice(i, min(i + size, experts.num_experts)) for i in range(0, experts.num_experts, size)]
+
+    def module_name(self, layer: int, reader: str) -> str:
+        (entry,) = self.source.sources[f"{self.source.layer_names[layer]}.{reader}.weight"]
+        return entry.module
+
+    def scheme(self, layer: int, reader: str) -> Scheme | None:
+        return self.config.scheme(self.module_name(layer, reader))
+
+    def folded_tensors(self, layer: int, rotation: Tensor | None) -> dict[str, Tensor]:
+        """A layer's non-expert tensors with gains folded, value heads mixed and the residual rotated."""
+        tensors = {k: v.to(self.device) for k, v in self.source.layer_tensors(layer).items()}
+        structure = self.source.structures[layer]
+        tensors = fold_layer(tensors, structure, rotation)
+        if self.rotates and self.recipe.rotation.heads:
+            for pair in structure.pairs:
+                if pair.linear and self.scheme(layer, pair.consumer) is not None:
+                    mix = hadamard_matrix(pair.block)
+                    mix_pair(tensors, pair, [mix] * len(head_blocks(pair)))
+        return tensors
+
+    def working_layer(self, layer: int, tensors: dict[str, Tensor]) -> WorkingLayer:
+        source = self.source
+        return WorkingLayer(source.layers[layer], source.structures[layer], self.arguments[layer], tensors)
+
+    def experts_gain(self, layer: int) -> Tensor | None:
+        norm = self.source.structures[layer].experts_norm
+        if norm is None:
+            return None
+        name = f"{self.source.layer_names[layer]}.{norm.path}"
+        tensors = {f"{norm.path}.weight": self.source.read(f"{name}.weight", torch.float32)}
+        if norm.has_bias:
+            tensors[f"{norm.path}.bias"] = self.source.read(f"{name}.bias", torch.float32)
+        return gain_of(norm, tensors).to(self.device)
+
+    def experts_basis(self, layer: int) -> Tensor | None:
+        """The rotation, where the experts read the residual stream through a norm."""
+        return self.rotation if self.source.structures[layer].experts_norm is not None else None
+
+    def experts_scheme(self, layer: int, inner: bool) -> Scheme | None:
+        """How a layer's experts read their input (inner: their intermediate); the same for all experts of a layer."""
+        name, _ = self.source.expert_matrices(layer)[int(inner)]
+        return self.config.scheme(self.source.sources[name][0].module)
+
+    def apply_gate(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """[N, 2M] gate and up -> [N, M], by the experts module's own rule (activation, clamps)."""
+        structure = self.source.structures[layer].experts
+        assert structure is not None
+        module: Any = self.source.layers[layer].get_submodule(structure.path)
+        if not structure.has_gate:
+            return module.act_fn
+
+        def apply(x: Tensor) -> Tensor:
+            if not structure.is_concatenated:  # the module's rule expects its own interleaved order
+                x = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+            return module._apply_gate(x)
+
+        return apply
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value

@@ -1,0 +1,64 @@
+"""The rotation, and the two ends of the model in its basis."""
+
+import torch
+from torch.nn import functional as F
+
+from codequant import rotation as rotations
+from codequant.discovery import describe_norm
+from codequant.folding import fold_norm, fold_reader, gain_of, rotate_rows
+from codequant.hadamard import hadamard_matrix
+from codequant.units.context import Context, Result, hidden_key
+
+
+def learn_rotation(context: Context) -> Result:
+    """R from the cached activations of all layers; centered norms confine it to rotations that keep the ones vector."""
+    recipe, source = context.recipe.rotation, context.source
+    pooled = [
+        context.store.read_one(hidden_key("teacher", layer + 1, shard), f"samples.{k}")
+        for layer, structure in enumerate(source.structures)
+        for k in range(len(structure.norms))
+        for shard in range(context.window_shards)
+    ]
+    samples = torch.cat(pooled).to(context.device)
+    del pooled
+    keep_ones = any(norm.centered for structure in source.structures for norm in structure.norms)
+    direction = torch.ones(source.hidden_size) if keep_ones else rotations.strongest_direction(samples)
+    start = rotations.hadamard_start(hadamard_matrix(source.hidden_size), direction, recipe.seed)
+    fit = rotations.learn(
+        samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, keep_ones=keep_ones
+    )
+    identity = torch.eye(source.hidden_size, dtype=torch.float64)
+    info = {
+        "range_loss_unrotated": float(rotations.range_loss(samples[::8].float())),
+        "range_loss_start": fit.loss_before,
+        "range_loss": fit.loss_after,
+        "orthogonality_error": float((fit.rotation @ fit.rotation.T - identity).abs().max()),
+    }
+    return {"rotation": fit.rotation.float()}, info
+
+
+def ends(context: Context) -> Result:
+    """Embedding, final norm and output head in the new basis, by checkpoint name. A tied head is written out."""
+    source, rotation = context.source, context.rotation
+    norm = describe_norm(source.norm_name, source.model.get_submodule(source.norm_name))
+    prefix = f"{source.norm_name}."
+    tensors = {n: source.read(n, torch.float32) for n in source.sources if n.startswith(prefix)}
+    gain = gain_of(norm, tensors)
+    embedding = source.read(f"{source.embedding_name}.weight", torch.float32)
+    head = embedding if source.is_tied else source.read(f"{source.head_name}.weight", torch.float32)
+    cpu_rotation = None if rotation is None else rotation.cpu()
+    tensors[f"{source.head_name}.weight"] = fold_reader(head, gain, cpu_rotation)
+    tensors[f"{source.embedding_name}.weight"] = rotate_rows(embedding, cpu_rotation)
+    fold_norm(norm, tensors, cpu_rotation)
+    if f"{source.head_name}.bias" in source.sources:
+        tensors[f"{source.head_name}.bias"] = source.read(f"{source.head_name}.bias")
+    named = {(source.sources[n][0].name if n in source.sources else n): t for n, t in tensors.items()}
+    return {name: tensor.to(source.dtype) for name, tensor in named.items()}, {}
+
+
+def enter(context: Context, shard: int) -> Result:
+    """The student's first hidden states, from the embedding as it is stored."""
+    source = context.source
+    name = source.sources[f"{source.embedding_name}.weight"][0].name
+    embedded = F.embedding(context.windows(shard), context.store.read_one("ends", name).float())
+    return {"hidden": source.first_hidden_states(embedded)}, {}

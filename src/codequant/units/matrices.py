@@ -1,0 +1,103 @@
+"""Quantize folded matrices and name their tensors; read them back as the runtime will."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from codequant.hadamard import hadamard_transform
+from codequant.packing import SUFFIXES, PackedWeight, pack, unpack
+from codequant.quantization_config import Scheme
+from codequant.units.context import Context
+from codequant.units.moments import Moments, as_read
+from codequant.weight_quantization import QuantizedWeight, WeightOptions, quantize_weight, target_weight
+from codequant.working_layer import WorkingLayer
+
+
+def quantize(context: Context, scheme: Scheme, weight: Tensor, moments: Moments) -> QuantizedWeight:
+    """Quantize a stack of folded matrices [B, O, I] on the moments of their inputs ([I, I] or [B, I, I])."""
+    w = context.recipe.weights
+    if scheme.hadamard:
+        weight = hadamard_transform(weight)
+    options = WeightOptions(
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        method=w.method,
+        rounds=w.rounds,
+        sweeps=w.sweeps,
+        damp=w.damping,
+    )
+    target = None
+    if w.method == "hessian" and w.correction > 0:
+        target = target_weight(weight, moments.hessian, moments.cross, w.correction, w.damping)
+    return quantize_weight(weight, moments.hessian, target, options, threads=1)
+
+
+def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight]:
+    """Packed matrices [B, rows, ...] of runs of rows."""
+    parts = zip(*(t.split(rows, dim=1) for t in (quantized.indices, quantized.codebook, quantized.step)))
+    return [pack(*part) for part in parts]
+
+
+def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of the format that stand for the checkpoint tensor `name`."""
+    return {f"{name}_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
+
+
+def pick(weight: PackedWeight, index: int) -> PackedWeight:
+    """One matrix of a stack."""
+    return PackedWeight(weight.packed[index], weight.codebook[index], weight.step[index], weight.in_features)
+
+
+def read_packed(context: Context, key: str, module: str, in_features: int) -> PackedWeight:
+    names = [f"{module}.weight_{suffix}" for suffix in SUFFIXES]
+    saved = context.store.read(key, *names)
+    packed, codebook, step = (saved[name] for name in names)
+    return PackedWeight(packed, codebook, step, in_features)
+
+
+def plain_tensors(context: Context, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The folded tensors that are not quantized, by checkpoint name, as the output stores them."""
+    return {name: stored(context, name, tensors[path]) for path, name in plain_names(context, layer, tensors).items()}
+
+
+def local_tensors(context: Context, layer: int, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`plain_tensors` under their paths in the layer, ready to compute with."""
+    prefix = f"{context.source.layer_names[layer]}."
+    paths = {e.name: p.removeprefix(prefix) for p, (e, *_) in context.source.sources.items() if p.startswith(prefix)}
+    return {paths[name]: t.to(context.device, torch.float32) for name, t in plain.items()}
+
+
+def plain_names(context: Context, layer: int, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Path in the layer -> checkpoint name, of the tensors that are not quantized."""
+    quantized = {
+        f"{reader}.weight"
+        for site in context.source.structures[layer].sites
+        for reader in site.readers
+        if context.scheme(layer, reader) is not None
+    }
+    prefix = context.source.layer_names[layer]
+    return {path: context.source.sources[f"{prefix}.{path}"][0].name for path in tensors if path not in quantized}
+
+
+def stored(context: Context, name: str, tensor: Tensor) -> Tensor:
+    """An unquantized tensor as the output stores it: in the source's own precision."""
+    kept = {"F32": torch.float32, "F16": torch.float16}
+    dtype = kept.get(context.source.checkpoint.entry(name).dtype, torch.bfloat16)
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu()
+
+
+def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
+    """The student's layer, its experts apart, with every tensor as `key` stores it."""
+    source, structure = context.source, context.source.structures[layer]
+    shapes = source.layers[layer].state_dict()
+    own = [p for p in shapes if structure.experts is None or not p.startswith(f"{structure.experts.path}.")]
+    plain = context.store.read(key, *plain_names(context, layer, {p: shapes[p] for p in own}).values())
+    working = context.working_layer(layer, local_tensors(context, layer, plain))
+    for site in structure.sites:
+        for reader in site.readers:
+            if (scheme := context.scheme(layer, reader)) is not None:
+                in_features = shapes[f"{reader}.weight"].shape[1]
+                packed = read_packed(context, key, context.module_name(layer, reader), in_features)
+                working.replace(reader, unpack(packed).to(context.device), partial(as_read, scheme=scheme))
+    return working
