@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/codequant/native")
-COMMON = ("dispatch", "experts", "module", "portable", "repack", "threads")
+COMMON = ("bandwidth", "dispatch", "experts", "module", "portable", "repack", "threads")
 # One source per instruction set, with the flags of that source alone; the best is chosen at run time.
 ISA = {
     "x86_64": {
