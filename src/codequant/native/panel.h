@@ -40,7 +40,9 @@ ALWAYS_INLINE inline void repeat(F f) {
 
 constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
 constexpr int64_t kLine = 64;             // bytes of a cache line
-constexpr int64_t kPrefetch = 4096;       // bytes ahead; beyond what the hardware fetches across a page by itself
+// How far ahead to fetch weights into the second and into the first cache, in bytes. Both together read from memory at
+// 97% of a plain read on Sapphire Rapids; either alone, at any distance, at 71 to 88%.
+constexpr int64_t kFar = 4096, kNear = 1024;
 
 // Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
 // cache and no int32 overflows: 2048 * 255 * 127 < 2**26, and 128 * row_sum < 2**30 for groups of 2**16 columns.
@@ -102,7 +104,10 @@ ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], cons
 
 template <int bits>
 ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
-  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) __builtin_prefetch(data + kPrefetch + i);
+  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) {
+    __builtin_prefetch(data + kFar + i, 0, 2);
+    __builtin_prefetch(data + kNear + i, 0, 3);
+  }
 }
 
 template <class V>
