@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *FORMAT, *MODEL, *COMPUTE, *ALGORITHMS, *STAGES,
         *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
     },
+    "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.

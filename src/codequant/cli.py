@@ -130,6 +130,8 @@ def quantize(
     calibration: Annotated[
         str | None, typer.Option(help="text file (documents separated by three newlines) or .jsonl; default: bundled")
     ] = None,
+    executor: Annotated[str, typer.Option(help="local or ray: threads of this process, or a Ray cluster")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="of a running Ray cluster; default: one is started")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
     device: Device = "cpu",
     keep_work: Annotated[bool, typer.Option(help="keep the work folder after success")] = False,
@@ -138,7 +140,7 @@ def quantize(
 
     An interrupted run goes on where it stopped: type the same command again.
     """
-    run_quantize(source, output, recipe, overrides, calibration, workers, device, keep_work)
+    run_quantize(source, output, recipe, overrides, calibration, executor, ray_address, workers, device, keep_work)
     out.print(f"{output}: written. Next: codequant verify {output}", soft_wrap=True)
 
 
@@ -148,6 +150,8 @@ def run_quantize(
     recipe: str,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: str = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -167,6 +171,8 @@ def run_quantize(
                 recipe,
                 overrides=overrides,
                 calibration=calibration,
+                executor=executor,
+                ray_address=ray_address,
                 workers=workers,
                 device=device,
                 keep_work=keep_work,

@@ -4,13 +4,13 @@ Everything that can be wrong with the input is found before any work starts; the
 at a time; the output appears under its name only when it is whole.
 """
 
+import importlib.util
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
-from codequant.executor import LocalExecutor, Progress, run_units
+from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
 from codequant.source import SourceModel, resolve
-from codequant.store import Ledger, Store, file_sha256, write_atomically
+from codequant.store import Ledger, Store, versions, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
@@ -40,6 +41,8 @@ def quantize(
     *,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: str = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -49,7 +52,8 @@ def quantize(
 
     source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
     of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
-    demo text that comes with the package. workers: units of work at a time, by default one per CPU core (one on a GPU).
+    demo text that comes with the package. executor: units of work on threads of this process, or on a Ray cluster, by
+    default one that is started here. workers: units of work at a time, by default one per CPU core (one on a GPU).
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
     stopped. Raises InputError for anything wrong with the input, before any work starts.
@@ -57,6 +61,7 @@ def quantize(
     out = check_output(Path(out))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     check_device(device)
+    check_executor(executor, ray_address)
     model = SourceModel(resolve(source))
     tokens = calibration_windows(model, chosen.calibration, calibration)
     chosen = with_windows(chosen, len(tokens))
@@ -66,21 +71,29 @@ def quantize(
     check_disk(context, out.parent)
     files = scan_source(model, work)
 
-    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens)))
+    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens), device))
     try:
         write_atomically(work / SCAN, json.dumps(files))
         ledger.put(WINDOWS, {"windows": tokens.to(torch.int32)})
-        executor = LocalExecutor(lambda unit: run_unit(context, unit), workers or default_workers(device))
+        runner = make_executor(executor, context, workers or default_workers(device), ray_address)
         try:
-            run_units(graph(context), ledger, executor, listen)
+            run_units(graph(context), ledger, runner, listen)
         finally:
-            executor.close()
+            runner.close()
         write_output(out, context, ledger, provenance(model, chosen, files, tokens))
+        if not keep_work:
+            shutil.rmtree(work, ignore_errors=True)  # before the lock goes, so that no other run moves in
+    except OSError as error:
+        raise InputError(f"{error}; finished work is kept in {work}, the same command goes on from there") from error
     finally:
         ledger.close()
-    if not keep_work:
-        shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def make_executor(kind: str, context: Context, workers: int, ray_address: str | None) -> Executor:
+    if kind == "ray":
+        return RayExecutor(context, workers, ray_address)
+    return LocalExecutor(lambda unit: run_unit(context, unit), workers)
 
 
 def work_folder(out: Path) -> Path:
@@ -108,6 +121,15 @@ def check_device(device: str) -> None:
         raise InputError(
             f"device: {device!r} is not available here, expected cpu{' or cuda' * torch.cuda.is_available()}"
         )
+
+
+def check_executor(kind: str, ray_address: str | None) -> None:
+    if kind not in ("local", "ray"):
+        raise InputError(f"executor: {kind!r}, expected local or ray")
+    if kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError("executor: ray is not installed, `pip install 'codequant[ray]'` installs it")
+    if kind != "ray" and ray_address is not None:
+        raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected executor ray")
 
 
 def default_workers(device: str) -> int:
@@ -180,33 +202,34 @@ def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
 
     Files whose size and time have not changed since an interrupted run are not read again.
     """
-    known = json.loads((work / SCAN).read_text()) if (work / SCAN).is_file() else {}
+    try:
+        known = json.loads((work / SCAN).read_bytes())
+    except (OSError, ValueError):
+        known = {}
 
     def scan(file: str) -> tuple[str, dict[str, Any]]:
-        path = model.folder / file
-        stamp = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        status = (model.folder / file).stat()
+        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         if (entry := known.get(file)) is not None and stamp.items() <= entry.items():
             return file, entry
-        model.checkpoint.check_finite(file)
-        return file, {**stamp, "sha256": file_sha256(path)}
+        return file, {**stamp, "sha256": model.checkpoint.scan(file)}
 
     with ThreadPoolExecutor(default_workers("cpu")) as pool:
         return dict(pool.map(scan, model.checkpoint.files))
 
 
-def identity(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str) -> dict[str, Any]:
+def identity(
+    model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str, device: str
+) -> dict[str, Any]:
     """What every result depends on. A work folder is only continued by a run with the same."""
     return {
         "source": {file: entry["sha256"] for file, entry in files.items()},
-        "source config": model.config.to_json_string(),
+        "source config": json.loads(model.config.to_json_string()),
         "recipe": recipe.model_dump(),
         "calibration": calibration,
+        "device": torch.device(device).type,  # sums are in another order there
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("codequant", "torch", "transformers")}
 
 
 def provenance(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], tokens: Tensor) -> dict[str, Any]:

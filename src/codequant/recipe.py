@@ -53,6 +53,11 @@ class Weights(Stage):
     coverage: Literal["all", "normed-inputs"] = Field(
         "all", description="normed-inputs: only matrices that read the normed residual (the paper's q, k, v, gate, up)"
     )
+    inputs: Literal["quantized", "source"] = Field(
+        "quantized",
+        description="what a layer is calibrated on: the quantized model's hidden states, layer after layer, or the "
+        "source model's, which lets all layers be worked on at once",
+    )
     router: bool = Field(False, description="quantize the router too")
     rounds: int = Field(2, ge=0, description="rounds of least-squares centroids and coordinate descent")
     sweeps: int = Field(3, ge=0, description="coordinate-descent sweeps per round")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair
+from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair, rotate_rows
 from codequant.hadamard import hadamard_matrix
 from codequant.quantization_config import QuantizationConfig, Scheme
 from codequant.recipe import Recipe
@@ -60,6 +60,10 @@ class Context:
         """Each layer's keyword arguments for one calibration window, on the device."""
         return [to_device(a, self.device) for a in self.source.layer_arguments(self.recipe.calibration.length)]
 
+    @property
+    def calibrates_on_source(self) -> bool:
+        return self.recipe.weights.inputs == "source"
+
     @cached_property
     def rotates(self) -> bool:
         return self.recipe.rotation.method != "none"
@@ -80,7 +84,12 @@ class Context:
         return self.store.read_one(WINDOWS, "windows")[shard * n : (shard + 1) * n].long()
 
     def hidden(self, stream: str, layer: int, shard: int) -> Tensor:
-        """The input [n, T, H] of a layer in the teacher's or the student's residual stream."""
+        """The input [n, T, H] of a layer in the teacher's or the student's residual stream.
+
+        A student that is calibrated on the source's own hidden states has no stream of its own.
+        """
+        if stream == "student" and self.calibrates_on_source:
+            return rotate_rows(self.hidden("teacher", layer, shard), self.rotation)
         return self.store.read_one(hidden_key(stream, layer, shard), "hidden").to(self.device)
 
     def expert_shards(self, layer: int) -> list[slice]:

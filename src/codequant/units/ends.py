@@ -1,6 +1,9 @@
 """The rotation, and the two ends of the model in its basis."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from codequant import rotation as rotations
@@ -8,6 +11,8 @@ from codequant.discovery import describe_norm
 from codequant.folding import fold_norm, fold_reader, gain_of, rotate_rows
 from codequant.hadamard import hadamard_matrix
 from codequant.units.context import Context, Result, hidden_key
+
+ROWS = 8192  # of a vocabulary's matrix at a time
 
 
 def learn_rotation(context: Context) -> Result:
@@ -44,12 +49,19 @@ def ends(context: Context) -> Result:
     prefix = f"{source.norm_name}."
     tensors = {n: source.read(n, torch.float32) for n in source.sources if n.startswith(prefix)}
     gain = gain_of(norm, tensors)
-    embedding = source.read(f"{source.embedding_name}.weight", torch.float32)
-    head = embedding if source.is_tied else source.read(f"{source.head_name}.weight", torch.float32)
-    cpu_rotation = None if rotation is None else rotation.cpu()
-    tensors[f"{source.head_name}.weight"] = fold_reader(head, gain, cpu_rotation)
-    tensors[f"{source.embedding_name}.weight"] = rotate_rows(embedding, cpu_rotation)
-    fold_norm(norm, tensors, cpu_rotation)
+    embedding, head = f"{source.embedding_name}.weight", f"{source.head_name}.weight"
+    device_gain = gain.to(context.device)
+
+    def by_rows(parameter: str, fold: Callable[[Tensor], Tensor]) -> Tensor:
+        """A fold of a vocabulary's matrix [V, H], a run of rows at a time: whole, in float32, it is gigabytes."""
+        weight = source.checkpoint.read(source.sources[parameter][0].name)
+        return torch.cat(
+            [fold(rows.to(context.device, torch.float32)).to(source.dtype).cpu() for rows in weight.split(ROWS)]
+        )
+
+    tensors[head] = by_rows(embedding if source.is_tied else head, lambda w: fold_reader(w, device_gain, rotation))
+    tensors[embedding] = by_rows(embedding, lambda w: rotate_rows(w, rotation))
+    fold_norm(norm, tensors, None if rotation is None else rotation.cpu())
     if f"{source.head_name}.bias" in source.sources:
         tensors[f"{source.head_name}.bias"] = source.read(f"{source.head_name}.bias")
     named = {(source.sources[n][0].name if n in source.sources else n): t for n, t in tensors.items()}
@@ -60,5 +72,5 @@ def enter(context: Context, shard: int) -> Result:
     """The student's first hidden states, from the embedding as it is stored."""
     source = context.source
     name = source.sources[f"{source.embedding_name}.weight"][0].name
-    embedded = F.embedding(context.windows(shard), context.store.read_one("ends", name).float())
+    embedded = F.embedding(context.windows(shard), context.store.map("ends")[name]).float()
     return {"hidden": source.first_hidden_states(embedded)}, {}

@@ -26,17 +26,16 @@ def route(context: Context, layer: int, shard: int) -> Result:
     source = teacher_layer.routed(context.hidden("teacher", layer, shard)).x
     return {
         "x": routed.x.cpu(),
-        "source_x": source.cpu(),
+        "source_x": rotate_rows(source, context.experts_basis(layer)).cpu(),
         "top_k_index": routed.top_k_index.to(torch.int32).cpu(),
         "top_k_weights": routed.top_k_weights.float().cpu(),
     }, {}
 
 
 def routed_batches(context: Context, layer: int) -> Iterator[dict[str, Tensor]]:
-    """The results of `route`, one shard of windows at a time."""
+    """The results of `route`, one shard of windows at a time, mapped: an expert's tokens are a small part of them."""
     for shard in range(context.window_shards):
-        batch = context.store.read(route_key(layer, shard))
-        yield {name: tensor.to(context.device) for name, tensor in batch.items()}
+        yield context.store.map(route_key(layer, shard))
 
 
 def experts(context: Context, layer: int, start: int, stop: int) -> Result:
@@ -44,23 +43,22 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
 
     An expert that sees fewer than `min_expert_tokens` is calibrated with the tokens of the whole layer.
     """
-    source, recipe, basis = context.source, context.recipe.weights, context.experts_basis(layer)
+    source, recipe = context.source, context.recipe.weights
     structure = source.structures[layer].experts
     assert structure is not None
     gain, apply_gate = context.experts_gain(layer), context.apply_gate(layer)
     chosen, count = slice(start, stop), stop - start
     own = read_experts(context, layer, chosen, gain, context.rotation)
-    original = read_experts(context, layer, chosen, gain, None)["gate_up"]
     outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
     names = [name for name, _ in source.expert_matrices(layer)]
     result: dict[str, Tensor] = {}
 
     sums = [Sums.zeros(source.hidden_size, context.device) for _ in range(count)]
     for batch in routed_batches(context, layer):
-        source_x = rotate_rows(batch["source_x"], basis)
         for e in range(count):
             token = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)[0]
-            sums[e].add(as_read(batch["x"][token], outer), source_x[token])
+            x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
+            sums[e].add(as_read(x, outer), source_x)
     starved = {e for e in range(count) if sums[e].tokens < recipe.min_expert_tokens}
     info: dict[str, Any] = {
         "tokens": {start + e: sums[e].tokens for e in range(count)},
@@ -89,14 +87,15 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
         for shard, batch in enumerate(routed_batches(context, layer)):
             for e in range(count):
                 token, slot = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)
-                share: Tensor | None = batch["top_k_weights"][token, slot, None]
+                share: Tensor | None = batch["top_k_weights"][token, slot, None].to(context.device)
                 if e in starved:
                     if shard > 0:  # one shard of windows is plenty for an expert that hardly any token reaches
                         continue
-                    token, share = torch.arange(len(batch["x"]), device=context.device), None
+                    token, share = torch.arange(len(batch["x"])), None
                 row_bias = None if bias is None else bias[e]
-                hidden = apply_gate(F.linear(as_read(batch["x"][token], outer), gate_up[e], row_bias))
-                wanted = apply_gate(F.linear(batch["source_x"][token], original[e], row_bias))
+                x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
+                hidden = apply_gate(F.linear(as_read(x, outer), gate_up[e], row_bias))
+                wanted = apply_gate(F.linear(source_x, own["gate_up"][e], row_bias))
                 sums[e].add(as_read(hidden, inner), hadamard_transform(wanted) if inner.hadamard else wanted, share)
         quantized = quantize(context, inner, own["down"], stack([s.mean() for s in sums]))
         packed = pack(quantized.indices, quantized.codebook, quantized.step)

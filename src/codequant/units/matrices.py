@@ -82,9 +82,7 @@ def plain_names(context: Context, layer: int, tensors: dict[str, Tensor]) -> dic
 
 def stored(context: Context, name: str, tensor: Tensor) -> Tensor:
     """An unquantized tensor as the output stores it: in the source's own precision."""
-    kept = {"F32": torch.float32, "F16": torch.float16}
-    dtype = kept.get(context.source.checkpoint.entry(name).dtype, torch.bfloat16)
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu()
+    return (tensor.to(context.source.checkpoint.dtype(name)) if tensor.is_floating_point() else tensor).cpu()
 
 
 def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
