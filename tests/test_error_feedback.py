@@ -206,7 +206,7 @@ def test_threads_do_not_change_the_result():
         assert all(torch.equal(a, b) for a, b in zip(one, run(threads)))
 
 
-@pytest.mark.parametrize("isa", ["", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_row_cost(shape, isa, monkeypatch):
     monkeypatch.setenv("CODEQUANT_ISA", isa)
