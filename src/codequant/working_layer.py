@@ -73,6 +73,13 @@ class WorkingLayer:
         if transform_input is not None:
             module.register_forward_pre_hook(lambda _, args: (transform_input(args[0]), *args[1:]))
 
+    def move_outputs(self, reader: str, order: Tensor) -> None:
+        """Put a linear map's output channels, with their biases, in the order int64 [O]."""
+        module = self.module.get_submodule(reader)
+        for name in ("weight", "bias"):
+            if (parameter := getattr(module, name, None)) is not None:
+                module._parameters[name] = nn.Parameter(parameter.data[order], requires_grad=False)
+
     def run(self, x: Tensor, experts: Experts | None = None) -> Tensor:
         """The layer's output [B, T, H]; `experts` answers for the experts module."""
         if self.structure.experts is not None:

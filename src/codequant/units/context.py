@@ -14,6 +14,7 @@ from codequant.recipe import Recipe
 from codequant.schemes import quantization_config
 from codequant.source import SourceModel
 from codequant.store import Store
+from codequant.structure import ChannelPair
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
@@ -114,12 +115,37 @@ class Context:
         tensors = {k: v.to(self.device) for k, v in self.source.layer_tensors(layer).items()}
         structure = self.source.structures[layer]
         tensors = fold_layer(tensors, structure, rotation)
-        if self.rotates and self.recipe.rotation.heads:
-            for pair in structure.pairs:
-                if pair.linear and self.scheme(layer, pair.consumer) is not None:
-                    mix = hadamard_matrix(pair.block)
-                    mix_pair(tensors, pair, [mix] * len(head_blocks(pair)))
+        for pair in structure.pairs:
+            if self.mixes(layer, pair):
+                mix_pair(tensors, pair, [hadamard_matrix(pair.block)] * len(head_blocks(pair)))
         return tensors
+
+    def mixes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are rotated: value heads whose consumer is quantized."""
+        return (
+            self.rotates
+            and self.recipe.rotation.heads
+            and pair.linear
+            and self.scheme(layer, pair.consumer) is not None
+        )
+
+    def permutes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are put in order: those whose consumer has several codebooks per row, and which no
+        rotation has made alike."""
+        scheme = self.scheme(layer, pair.consumer)
+        return (
+            self.recipe.permutation.enabled
+            and scheme is not None
+            and scheme.group_size != -1
+            and not self.mixes(layer, pair)
+        )
+
+    def permutes_experts(self, layer: int) -> bool:
+        """Likewise for the intermediate channels of a layer's experts."""
+        scheme = self.experts_scheme(layer, inner=True)
+        return (
+            self.recipe.permutation.enabled and scheme is not None and scheme.group_size != -1 and not scheme.hadamard
+        )
 
     def working_layer(self, layer: int, tensors: dict[str, Tensor]) -> WorkingLayer:
         source = self.source

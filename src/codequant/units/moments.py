@@ -8,6 +8,7 @@ from torch import Tensor
 
 from codequant.hadamard import hadamard_transform
 from codequant.kernels.reference import fake_quantize
+from codequant.permutation import move_columns, move_rows
 from codequant.quantization_config import Scheme
 
 
@@ -15,8 +16,12 @@ from codequant.quantization_config import Scheme
 class Moments:
     """Second moments of a matrix's input over the calibration tokens, per token."""
 
-    hessian: Tensor  # E[a_q a_q^T], [I, I]: the quantized prefix's inputs
+    hessian: Tensor  # E[a_q a_q^T], [..., I, I]: the quantized prefix's inputs
     cross: Tensor  # E[a a_q^T]: the source model's inputs against them
+
+    def moved(self, order: Tensor) -> "Moments":
+        """The same for input channels in the order [..., I]."""
+        return Moments(*(move_columns(move_rows(m, order), order) for m in (self.hessian, self.cross)))
 
 
 def as_read(x: Tensor, scheme: Scheme | None) -> Tensor:
