@@ -88,6 +88,22 @@ class WorkingLayer:
             result = self.module(x, **self.arguments)
         return result[0] if isinstance(result, tuple) else result
 
+    def dense_part(self, x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The layer without its experts: (its output [B, T, H], what the experts are handed [N, H]).
+
+        `weights` replaces tensors by their path in the layer; the result can be differentiated by them.
+        """
+        handed: list[Tensor] = []
+
+        def no_experts(x: Tensor, *_: Tensor) -> Tensor:
+            handed.append(x)
+            return torch.zeros_like(x)
+
+        if self.structure.experts is not None:
+            self.module.get_submodule(self.structure.experts.path).working_experts = no_experts
+        result = torch.func.functional_call(self.module, dict(weights), (x,), self.arguments)
+        return result[0] if isinstance(result, tuple) else result, handed[0] if handed else None
+
     @contextmanager
     def observing(self, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         """Outputs of the named modules, filled in by runs inside the block."""

@@ -1,6 +1,6 @@
 """What every unit may use: the source model, the recipe, and the results of other units."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +92,17 @@ class Context:
         if stream == "student" and self.calibrates_on_source:
             return rotate_rows(self.hidden("teacher", layer, shard), self.rotation)
         return self.store.read_one(hidden_key(stream, layer, shard), "hidden").to(self.device)
+
+    def routed_batches(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The results of `route`, a shard of windows at a time, mapped: an expert's tokens are a small part of them."""
+        for shard in range(self.window_shards):
+            yield self.store.map(route_key(layer, shard))
+
+    @property
+    def held_out_shards(self) -> int:
+        """How many shards of windows, the last ones, judge fine-tuning."""
+        wanted = round(self.window_shards * self.recipe.finetuning.held_out)
+        return min(max(1, wanted), self.window_shards - 1)
 
     def expert_shards(self, layer: int) -> list[slice]:
         """Runs of experts whose second moments and weights fit in SHARD_BYTES."""

@@ -23,6 +23,7 @@ from codequant.units.matrices import (
 )
 from codequant.units.moments import accumulate, as_read
 from codequant.units.teacher import source_experts
+from codequant.units.tuning import tune_dense
 from codequant.weight_quantization import QuantizedWeight
 from codequant.working_layer import Experts, WorkingLayer
 
@@ -32,7 +33,8 @@ PROOF_TOLERANCE = 1e-5  # float32, relative
 
 def dense(context: Context, layer: int) -> Result:
     """Quantize everything of a layer but its experts, site by site in execution order, each on the inputs that the
-    sites before it, already quantized, hand on. Also the all-token moments of the experts' input."""
+    sites before it, already quantized, hand on. Their centroids are then fine-tuned together, where the recipe says so.
+    Also the all-token moments of the experts' input."""
     structure = context.source.structures[layer]
     tensors = context.folded_tensors(layer, context.rotation)
     teacher_layer = context.working_layer(layer, context.folded_tensors(layer, None))
@@ -68,6 +70,8 @@ def dense(context: Context, layer: int) -> Result:
             done[reader] = part
             student_layer.replace(reader, part.dequantized()[0], partial(as_read, scheme=scheme))
             info["errors"][context.module_name(layer, reader)] = float(quantized.error[0])
+    if context.recipe.finetuning.epochs:
+        info["finetuning"] = tune_dense(context, layer, teacher_layer, student_layer, done)
     result = dict(plain)
     for reader, quantized in done.items():
         result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", pick(packed(quantized), 0))

@@ -1,6 +1,6 @@
 """Quantize a layer's experts, a shard at a time, on the tokens that the quantized model routes to them."""
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from codequant.folding import rotate_rows
 from codequant.hadamard import hadamard_transform
 from codequant.permutation import group_order, move_columns, move_rows
 from codequant.quantization_config import Scheme
-from codequant.units.context import Context, Result, dense_key, route_key
+from codequant.units.context import Context, Result, dense_key
 from codequant.units.expert_tensors import packed_experts, places, plain_experts
 from codequant.units.matrices import finished_dense, packed, quantize, reorder_rows
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
 from codequant.units.teacher import read_experts
+from codequant.units.tuning import tune_experts
 from codequant.weight_quantization import QuantizedWeight
 
 
@@ -32,14 +33,9 @@ def route(context: Context, layer: int, shard: int) -> Result:
     }, {}
 
 
-def routed_batches(context: Context, layer: int) -> Iterator[dict[str, Tensor]]:
-    """The results of `route`, one shard of windows at a time, mapped: an expert's tokens are a small part of them."""
-    for shard in range(context.window_shards):
-        yield context.store.map(route_key(layer, shard))
-
-
 def experts(context: Context, layer: int, start: int, stop: int) -> Result:
-    """Quantize experts start..stop: gate and up on their routed tokens, then down on what those hand on.
+    """Quantize experts start..stop: gate and up on their routed tokens, then down on what those hand on. Their
+    centroids are then fine-tuned together, where the recipe says so.
 
     An expert that sees fewer than `min_expert_tokens` is calibrated with the tokens of the whole layer.
     """
@@ -72,22 +68,21 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
             own["down"], moments = move_columns(own["down"], order), moments.moved(order)
             move_intermediate(own, found, torch.cat((order, order + structure.intermediate), dim=-1))
         found["down"] = quantize(context, inner, own["down"], moments)
+    info: dict[str, Any] = {"tokens": {start + e: n for e, n in enumerate(tokens)}, "errors": {}}
+    info["starved"] = sorted(start + e for e in starved)
+    if context.recipe.finetuning.epochs and found:
+        info["finetuning"] = tune_experts(context, layer, start, own, found, starved)
 
     result: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
     for name, key in ((first, "gate_up"), (second, "down")):
         if key in found:
             result |= packed_experts(context, layer, name, chosen, packed(found[key]))
-            errors |= errors_of(context, name, chosen, found[key])
+            info["errors"] |= errors_of(context, name, chosen, found[key])
         else:
             result |= plain_experts(context, layer, name, chosen, own[key])
         if f"{key}_bias" in own:
             result |= plain_experts(context, layer, f"{name}_bias", chosen, own[f"{key}_bias"])
-    return result, {
-        "tokens": {start + e: n for e, n in enumerate(tokens)},
-        "starved": sorted(start + e for e in starved),
-        "errors": errors,
-    }
+    return result, info
 
 
 def all_token_moments(context: Context, layer: int) -> Moments:
@@ -99,7 +94,7 @@ def all_token_moments(context: Context, layer: int) -> Moments:
 def input_sums(context: Context, layer: int, start: int, count: int, scheme: Scheme | None) -> list[Sums]:
     """What each of `count` experts from `start` on reads, over the tokens that are routed to it."""
     sums = [Sums.zeros(context.source.hidden_size, context.device) for _ in range(count)]
-    for batch in routed_batches(context, layer):
+    for batch in context.routed_batches(layer):
         for e in range(count):
             token = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)[0]
             x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
@@ -117,7 +112,7 @@ def intermediate_sums(
     apply_gate, bias = context.apply_gate(layer), own.get("gate_up_bias")
     count, intermediate = len(gate_up), own["down"].shape[-1]
     sums = [Sums.zeros(intermediate, context.device) for _ in range(count)]
-    for shard, batch in enumerate(routed_batches(context, layer)):
+    for shard, batch in enumerate(context.routed_batches(layer)):
         for e in range(count):
             token, slot = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)
             share: Tensor | None = batch["top_k_weights"][token, slot, None].to(context.device)

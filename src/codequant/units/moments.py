@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codequant.hadamard import hadamard_transform
-from codequant.kernels.reference import fake_quantize
+from codequant.kernels.reference import FULL_PRECISION, fake_quantize
 from codequant.permutation import move_columns, move_rows
 from codequant.quantization_config import Scheme
 
@@ -24,13 +25,25 @@ class Moments:
         return Moments(*(move_columns(move_rows(m, order), order) for m in (self.hessian, self.cross)))
 
 
+class _Rounding(torch.autograd.Function):
+    """Rounding to integers whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scheme: Scheme) -> Tensor:
+        return fake_quantize(x, scheme.activation_bits, scheme.activation_clip)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 def as_read(x: Tensor, scheme: Scheme | None) -> Tensor:
     """What a quantized matrix makes of its input [..., I]: the Hadamard transform, then the rounding to integers."""
     if scheme is None:
         return x
     if scheme.hadamard:
         x = hadamard_transform(x)
-    return fake_quantize(x, scheme.activation_bits, scheme.activation_clip)
+    return x if scheme.activation_bits >= FULL_PRECISION else _Rounding.apply(x, scheme)
 
 
 def accumulate(inputs: Iterable[tuple[Tensor, Tensor]], scheme: Scheme | None) -> Moments:
