@@ -85,7 +85,7 @@ def test_import_arrows(path: Path) -> None:
     ("unit", "source"),
     [
         ("packing", "import codequant.kernels.reference"),
-        ("rotation", "from codequant.clustering import kmeans"),
+        ("rotation", "from codequant.folding import fold_layer"),
         ("kernels", "def late():\n    from codequant import runtime"),
         ("pipeline", "from codequant.cli import main"),
     ],
