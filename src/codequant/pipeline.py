@@ -159,6 +159,12 @@ def default_workers(context: Context) -> int:
 def check_supported(context: Context) -> None:
     """Layers must be quantizable, and, unless the recipe says otherwise, their residual stream rotatable."""
     _ = context.config  # group sizes
+    if context.recipe.finetuning.epochs and context.window_shards < 2:
+        raise InputError(
+            f"finetuning.epochs: {context.recipe.finetuning.epochs}, but calibration.windows_per_unit is "
+            f"{context.recipe.calibration.windows_per_unit} of {context.recipe.calibration.windows} windows, expected "
+            "at most half of them, so that one unit can be held out"
+        )
     if context.rotates:
         for name, structure in zip(context.source.layer_names, context.source.structures):
             if structure.obstacles:
