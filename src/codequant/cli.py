@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from codequant.errors import InputError, InvarianceError, VerificationError
+from codequant.stages import STAGES
 
 if TYPE_CHECKING:
     from codequant.executor import Progress as UnitProgress
@@ -90,20 +91,6 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-STAGES = {
-    "embed": "reading the source",
-    "teacher": "running the source",
-    "rotation": "learning the rotation",
-    "ends": "rotating embedding and head",
-    "enter": "starting the quantized model",
-    "dense": "quantizing attention",
-    "route": "routing tokens",
-    "experts": "quantizing experts",
-    "layer": "writing the layer",
-    "student": "running the quantized layer",
-}
 
 
 def describe(progress: "UnitProgress") -> str:
@@ -298,6 +285,18 @@ def inspect(folder: Folder, json_file: JsonFile = None) -> None:
     found = inspection.inspect_folder(folder)
     out.print(inspection.render(found))
     write_json(found.to_dict(), json_file)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    evaluation: Annotated[Path | None, typer.Option(help="numbers to show too, from `evaluate --json FILE`")] = None,
+) -> None:
+    """Write report.html into a folder anew: errors, activations, routing, weights and time, as one page."""
+    from codequant.report import read_evaluation, write_report
+
+    path = write_report(folder, read_evaluation(evaluation) if evaluation is not None else None)
+    out.print(f"{path}: written", soft_wrap=True)
 
 
 @app.command()

@@ -5,6 +5,7 @@ at a time; the output appears under its name only when it is whole.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,11 +24,13 @@ from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
 from codequant.executor import LocalExecutor, Progress, run_units
 from codequant.recipe import Calibration, Recipe, load_recipe
+from codequant.report import write_report
 from codequant.source import SourceModel, resolve
 from codequant.store import Ledger, Store, file_sha256, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
+log = logging.getLogger(__name__)
 SCAN = "scan.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DEFAULT_CALIBRATION = DEMO_CALIBRATION
@@ -80,7 +83,16 @@ def quantize(
         ledger.close()
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
+    draw_report(out)
     return out
+
+
+def draw_report(out: Path) -> None:
+    """Write the report of a finished output. What can go wrong here must not fail a run of hours whose result is whole."""
+    try:
+        write_report(out)
+    except Exception as error:
+        log.warning("%s: no report (%s), `codequant --debug report %s` says why", out, error, out)
 
 
 def work_folder(out: Path) -> Path:
