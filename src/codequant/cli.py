@@ -205,7 +205,7 @@ def run_evaluate(
     windows: int,
     length: int,
     json_file: Path | None,
-) -> None:
+) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -239,6 +239,7 @@ def run_evaluate(
         )
     out.print(evaluation.render(found))
     write_json(found.to_dict(), json_file)
+    return found.to_dict()
 
 
 @app.command()
@@ -307,6 +308,7 @@ def demo(
 ) -> None:
     """The whole way on the bundled model: quantize, verify, evaluate, generate."""
     from codequant.data import DEMO_CALIBRATION, DEMO_HELDOUT, DEMO_MODEL
+    from codequant.report import write_report
 
     start = time.monotonic()
     out.rule("quantize (recipe w4a8)", align="left")
@@ -315,11 +317,12 @@ def demo(
     out.rule("verify", align="left")
     run_verify(output)
     out.rule("evaluate against the bf16 model on held-out text", align="left")
-    run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    evaluation = run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    write_report(output, evaluation)
     out.rule("generate", align="left")
     run_generate(output, "The old house on the hill", max_new_tokens=80, temperature=0.7, seed=0)
     out.rule(f"done in {time.monotonic() - start:.0f} s", align="left")
-    out.print(f"The quantized model is in {output}. What to type next:")
+    out.print(f"The quantized model is in {output}, and what was done to it in {output / 'report.html'}. Next:")
     for command in (
         f"codequant inspect {output}",
         f'codequant generate {output} "Once upon a time"',

@@ -88,7 +88,7 @@ def quantize(
 
 
 def draw_report(out: Path) -> None:
-    """Write the report of a finished output. What can go wrong here must not fail a run of hours whose result is whole."""
+    """Write the report of a finished output. Whatever goes wrong here, the result of hours of work is whole."""
     try:
         write_report(out)
     except Exception as error:

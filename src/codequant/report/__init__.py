@@ -114,7 +114,9 @@ def tiles(inspection: Inspection, evaluation: dict[str, Any] | None) -> list[Til
         if evaluation.get("kl") is not None:
             found.append(("KL divergence", f"{evaluation['kl']:.4f}", "nats per token, from the source"))
         if evaluation.get("router_change") is not None:
-            found.append(("router change", f"{evaluation['router_change']:.1%}", "tokens sent to another set of experts"))
+            found.append(
+                ("router change", f"{evaluation['router_change']:.1%}", "tokens sent to another set of experts")
+            )
     return found
 
 
@@ -122,31 +124,42 @@ def tiles(inspection: Inspection, evaluation: dict[str, Any] | None) -> list[Til
 
 
 def activations(folder: Path, rotation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The ranges of all sites as a chart, and the sampled activations of some for the surfaces."""
+    """Charts of the ranges, and the sampled activations of some sites for the surfaces; the widest is shown first."""
     path = folder / "rotation.safetensors"
     if not rotation or "sites" not in rotation or not path.is_file():
         return None
-    sites = rotation["sites"]
-    several = len({site["norm"] for site in sites}) > 1
-    drawn = charts.lines(
-        {
-            "before": [site["range"] for site in sites],
-            "after": [site["range_rotated"] for site in sites],
-        },
-        "layer" + ", norm by norm" * several,
+    sites, chosen = rotation["sites"], rotation["surfaces"]
+    with safe_open(path, "pt") as file:
+        before, after = file.get_tensor("activations"), file.get_tensor("activations.rotated")  # [S, T, C]
+    names = [f"layer {sites[i]['layer']}, {sites[i]['norm']}" for i in chosen]
+    first = max(range(len(chosen)), key=lambda k: sites[chosen[k]]["range"])
+    ranges = charts.lines(
+        {"before": [site["range"] for site in sites], "after": [site["range_rotated"] for site in sites]},
+        "layer" + ", norm by norm" * (len({site["norm"] for site in sites}) > 1),
         "max - min of a token",
         charts.plain,
         [str(site["layer"]) for site in sites],
     )
-    with safe_open(path, "pt") as file:
-        before, after = file.get_tensor("activations"), file.get_tensor("activations.rotated")
-    surfaces = [
-        {"name": f"layer {sites[i]['layer']}, {sites[i]['norm']}", **encode(before[k], after[k])}
-        for k, i in enumerate(rotation["surfaces"])
-    ]
-    gain = math.sqrt(rotation["range_loss_unrotated"] / rotation["range_loss"])
-    shape = {"tokens": before.shape[1], "channels": before.shape[2]}
-    return {"chart": drawn, "surfaces": surfaces, "shape": shape, "gain": gain}
+    peaks = charts.lines(
+        {
+            name: x[first].float().amax(0).sort(descending=True).values.tolist()
+            for name, x in (("before", before), ("after", after))
+        },
+        "channels, sorted",
+        "largest |activation|",
+        charts.plain,
+        dots=False,
+    )
+    return {
+        "charts": [
+            ("Range of a token in every site", ranges),
+            (f"Largest activation of each channel, {names[first]}", peaks),
+        ],
+        "surfaces": [{"name": name, **encode(before[k], after[k])} for k, name in enumerate(names)],
+        "first": first,
+        "shape": {"tokens": before.shape[1], "channels": before.shape[2]},
+        "gain": math.sqrt(rotation["range_loss_unrotated"] / rotation["range_loss"]),
+    }
 
 
 def encode(before: Tensor, after: Tensor) -> dict[str, Any]:
@@ -256,7 +269,7 @@ def load(layers: list[dict[str, Any]]) -> Markup | None:
 
 
 def weights(folder: Path, inspection: Inspection) -> list[Chart]:
-    """Densities of the first expert's matrices (else of the dense ones) in the first and the last layer that has them."""
+    """Densities of the first expert's matrices (else of dense ones) in the first and last layer that has them."""
     quantized = [kind for kind in inspection.kinds if kind.scheme is not None]
     chosen = [kind for kind in quantized if ".experts" in kind.name] or quantized
     found = []

@@ -1,17 +1,18 @@
 """Charts as inline SVG: small, crisp at any size, and in the colours of the page's theme (CSS variables).
 
-A chart is 460 units wide, so that its text is still legible where a phone shrinks it to 330 pixels. Every function returns
-markup that holds nothing but numbers and text that it has escaped itself.
+A chart is 460 units wide, so that its text is still legible where a phone shrinks it to 330 pixels. Every function
+returns markup that holds nothing but numbers and text that it has escaped itself.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from markupsafe import Markup
 
 WIDTH = 460
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36  # room for the axes
+COLORS = 6  # of lines: --s0 ... --s5; further lines are dashed
 LEVELS = 9  # colours of a heat map: --heat-0 ... --heat-8
 
 Format = Callable[[float], str]
@@ -41,22 +42,27 @@ def linear_ticks(high: float, count: int = 4) -> list[float]:
 
 
 def lines(
-    series: dict[str, Sequence[float | None]], x_label: str, y_label: str, form: Format, ticks: Sequence[str] = ()
+    series: Mapping[str, Sequence[float | None]],
+    x_label: str,
+    y_label: str,
+    form: Format,
+    ticks: Sequence[str] = (),
+    dots: bool = True,
 ) -> Markup:
-    """A line per series over 0, 1, 2, ...; None leaves a gap. ticks: what to write under each point, else its number."""
-    height, bottom = 230, BOTTOM
+    """A line per series over 0, 1, 2, ...; None leaves a gap. ticks: what to write under the points, else numbers."""
+    height = 230
     count = max(map(len, series.values()))
     values = [v for line in series.values() for v in line if v is not None]
     marks = linear_ticks(max(values, default=1.0))
-    scale_y = (height - TOP - bottom) / marks[-1]
+    scale_y = (height - TOP - BOTTOM) / marks[-1]
 
     def x(i: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / count
 
     def y(v: float) -> float:
-        return height - bottom - v * scale_y
+        return height - BOTTOM - v * scale_y
 
-    parts = [_y_axis(marks, y, form), _x_axis(count, x, height - bottom, ticks)]
+    parts = [_y_axis(marks, y, form), _x_axis(count, x, height - BOTTOM, ticks)]
     for number, (name, line) in enumerate(series.items()):
         path, pen = "", "M"
         for i, v in enumerate(line):
@@ -65,12 +71,13 @@ def lines(
                 continue
             path += f"{pen}{x(i):.1f} {y(v):.1f}"
             pen = "L"
-        parts.append(f'<path class="line s{number}" d="{path}"/>')
-        for i, v in enumerate(line):
+        parts.append(f'<path class="line {_style(number)}" d="{path}"/>')
+        radius = 3.2 if count <= 40 else 1.8
+        for i, v in enumerate(line if dots else ()):
             if v is not None:
                 where = ticks[i] if ticks else str(i)
                 parts.append(
-                    f'<circle class="dot s{number}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="{3.2 if count <= 40 else 1.8}">'
+                    f'<circle class="dot {_style(number)}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="{radius}">'
                     f"<title>{escape(name)}, {escape(x_label)} {escape(where)}: {form(v)}</title></circle>"
                 )
     parts.append(_labels(x_label, y_label, height))
@@ -116,10 +123,14 @@ def heat_map(rows: Sequence[Sequence[float | None]], x_label: str, y_label: str,
         for c, v in enumerate(row):
             if v is not None:
                 level = min(LEVELS - 1, int((v - low) / width_of_level))
-                paths[level] += f"M{LEFT + c * cell_w:.1f} {TOP + r * cell_h:.1f}h{cell_w:.2f}v{cell_h:.2f}h-{cell_w:.2f}z"
+                paths[level] += (
+                    f"M{LEFT + c * cell_w:.1f} {TOP + r * cell_h:.1f}h{cell_w:.2f}v{cell_h:.2f}h-{cell_w:.2f}z"
+                )
     parts = [f'<path style="fill:var(--heat-{level})" d="{path}"/>' for level, path in enumerate(paths) if path]
     for r in _some(len(rows), max(1, int((height - TOP - BOTTOM) // 14))):
-        parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{TOP + (r + 0.5) * cell_h + 4:.1f}">{r}</text>')
+        parts.append(
+            f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{TOP + (r + 0.5) * cell_h + 4:.1f}">{r}</text>'
+        )
     parts.append(_x_axis(columns, lambda i: LEFT + (i + 0.5) * cell_w, height - BOTTOM, line=False))
     parts.append(_labels(x_label, y_label, height))
     scale = "".join(f'<i style="background:var(--heat-{level})"></i>' for level in range(LEVELS))
@@ -159,23 +170,23 @@ def _svg(height: float, name: str, parts: Sequence[str]) -> Markup:
     )
 
 
+def _style(number: int) -> str:
+    return f"s{number % COLORS}" + " dashed" * (number >= COLORS)
+
+
 def _legend(names: Sequence[str]) -> Markup:
     if len(names) < 2:
         return Markup("")
-    return Markup(
-        f'<p class="legend">{"".join(f"<span><b class=s{n}></b>{escape(name)}</span>" for n, name in enumerate(names))}</p>'
-    )
+    entries = (f'<span><b class="{_style(n)}"></b>{escape(name)}</span>' for n, name in enumerate(names))
+    return Markup(f'<p class="legend">{"".join(entries)}</p>')
 
 
 def _labels(x_label: str, y_label: str, height: float) -> str:
-    middle = (TOP + height - BOTTOM) / 2
-    turned = (
-        f'<text class="label" text-anchor="middle" transform="translate(11 {middle:.0f}) rotate(-90)">{escape(y_label)}</text>'
-        if y_label
-        else ""
-    )
-    centre = (LEFT + WIDTH - RIGHT) / 2
-    return f'<text class="label" text-anchor="middle" x="{centre:.0f}" y="{height - 5:.0f}">{escape(x_label)}</text>{turned}'
+    middle, centre = (TOP + height - BOTTOM) / 2, (LEFT + WIDTH - RIGHT) / 2
+    label = '<text class="label" text-anchor="middle"'
+    below = f'{label} x="{centre:.0f}" y="{height - 5:.0f}">{escape(x_label)}</text>'
+    beside = f'{label} transform="translate(11 {middle:.0f}) rotate(-90)">{escape(y_label)}</text>'
+    return below + beside * bool(y_label)
 
 
 def _y_axis(marks: Sequence[float], y: Callable[[float], float], form: Format) -> str:
@@ -186,9 +197,7 @@ def _y_axis(marks: Sequence[float], y: Callable[[float], float], form: Format) -
     )
 
 
-def _x_axis(
-    count: int, x: Callable[[float], float], base: float, ticks: Sequence[str] = (), line: bool = True
-) -> str:
+def _x_axis(count: int, x: Callable[[float], float], base: float, ticks: Sequence[str] = (), line: bool = True) -> str:
     axis = f'<path class="axis" d="M{LEFT} {base:.1f}H{WIDTH - RIGHT}"/>' if line else ""
     return axis + "".join(
         f'<text class="tick" text-anchor="middle" x="{x(i):.1f}" y="{base + 14:.1f}">'

@@ -23,7 +23,7 @@ def ranges(x: Tensor, rotation: Tensor) -> dict[str, float]:
 
 
 def surface(x: Tensor) -> Tensor:
-    """|x| of a few tokens [T, C], float16, from x [N, H]; the largest of each run of channels, so that no peak is lost."""
+    """|x| of a few of the tokens [N, H], as float16 [T, C]: the largest of each run of channels, so no peak is lost."""
     picked = x[:: max(1, len(x) // TOKENS)][:TOKENS].float().abs()
     return F.adaptive_max_pool1d(picked, min(CHANNELS, x.shape[-1])).half()
 
