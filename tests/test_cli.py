@@ -19,6 +19,8 @@ SETS = [word for override in SMALL for word in ("--set", override)]
 def run(*arguments: object) -> int:
     """Exit code of a command."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            patch.setenv(name, "error")  # the command sets them for its process; other tests must not see that
         patch.setattr(sys, "argv", ["codequant", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -288,6 +288,25 @@ def inspect(folder: Folder, json_file: JsonFile = None) -> None:
     write_json(found.to_dict(), json_file)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="cpu, gpu, clustering, accuracy or scale; then its own options, or --help")
+    ],
+) -> None:
+    """Measure kernels, clustering, accuracy or scaling on this machine."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    from codequant import bench as benchmarks
+
+    known = sorted(m.name for m in iter_modules(benchmarks.__path__) if m.name != "results")
+    if name not in known:
+        raise InputError(f"bench: {name!r}, expected one of {', '.join(known)}")
+    import_module(f"codequant.bench.{name}").main(context.args)
+
+
 @app.command()
 def report(
     folder: Folder,

@@ -137,8 +137,8 @@ void solve(std::vector<double>& m, double* b, int n, double ridge) {
 // [B, I, I]; codebook [B, O, G, K]; groups int32 [B, I] -> indices [B, O, I], also read unless from_scratch, in which
 // case the matrix is upper triangular.
 CODEQUANT_API void codequant_sweep(const float* target, const float* matrix, const float* codebook,
-                                const int32_t* groups, int64_t B, int64_t O, int64_t I, int64_t G, int K, int sweeps,
-                                int from_scratch, int threads, uint8_t* indices) {
+                                   const int32_t* groups, int64_t B, int64_t O, int64_t I, int64_t G, int K, int sweeps,
+                                   int from_scratch, int threads, uint8_t* indices) {
     const Shape shape{B, O, I, G, K};
     const int64_t tasks = B * shape.tiles();
     parallel(tasks, threads, [&](const auto& next) {
@@ -158,9 +158,9 @@ CODEQUANT_API void codequant_sweep(const float* target, const float* matrix, con
 
 // Least-squares codebooks for given indices, one column group after the other (see refit_reference). Shapes as above,
 // columns of a group adjacent; codebook is updated in place.
-CODEQUANT_API void codequant_refit(const float* target, const float* hessian, const uint8_t* indices,
-                                int64_t B, int64_t O, int64_t I, int64_t G, int K, double ridge,
-                                int threads, float* codebook) {
+CODEQUANT_API void codequant_refit(const float* target, const float* hessian, const uint8_t* indices, int64_t B,
+                                   int64_t O, int64_t I, int64_t G, int K, double ridge, int threads,
+                                   float* codebook) {
     const Shape shape{B, O, I, G, K};
     const int64_t tasks = B * shape.tiles(), size = I / G;
     std::vector<int32_t> groups(I);
@@ -230,6 +230,32 @@ CODEQUANT_API void codequant_refit(const float* target, const float* hessian, co
                     for (int64_t c = begin; c < begin + size; ++c)
                         tile.error[tile.at(r, c)] = entry[indices[(row + r) * I + c]] - tile.target[tile.at(r, c)];
                 }
+            }
+        }
+    });
+}
+
+// cost [B, O] = e H e^T of every row of error [B, O, I] under hessian [B, I, I].
+CODEQUANT_API void codequant_row_cost(const float* error, const float* hessian, int64_t B, int64_t O, int64_t I,
+                                      int threads, double* cost) {
+    const Shape shape{B, O, I, 0, 0};
+    const int64_t tasks = B * shape.tiles();
+    parallel(tasks, threads, [&](const auto& next) {
+        Tile tile(shape);
+        for (int64_t task; (task = next()) < tasks;) {
+            const int64_t b = task / shape.tiles(), first_row = task % shape.tiles() * kTile, row = b * O + first_row;
+            tile.rows = std::min(kTile, O - first_row);
+            for (int64_t r = 0; r < tile.rows; ++r)
+                for (int64_t c = 0; c < I; ++c) tile.error[tile.at(r, c)] = error[(row + r) * I + c];
+            std::fill_n(cost + row, tile.rows, 0.0);
+            for (int64_t first = 0; first < I; first += kBlock) {
+                const int64_t width = std::min(kBlock, I - first);
+                std::fill(tile.gradient.begin(), tile.gradient.end(), 0.0f);
+                tile.add_gradient(hessian + b * I * I, first, width, 0, I);
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    for (int64_t c = 0; c < width; ++c)
+                        cost[row + r] += static_cast<double>(tile.gradients(r / kLanes)[c * kLanes + r % kLanes]) *
+                                         tile.error[tile.at(r, first + c)];
             }
         }
     });
