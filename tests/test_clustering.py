@@ -55,7 +55,7 @@ def test_cost_is_the_least_of_all_partitions(function, columns, clusters):
 
 
 @pytest.mark.skipif(library() is None, reason="native library not built")
-@pytest.mark.parametrize("isa", ["", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 15, 16, 17, 31, 64, 65, 255, 768])
 @pytest.mark.parametrize("clusters", [2, 4, 16])
 def test_native_equals_reference(columns, clusters, isa, monkeypatch):

@@ -2,43 +2,24 @@
 
 import copy
 import math
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import FAMILIES, quantize_rtn_checkpoint, random_model
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+import codequant
 from codequant import evaluation
 from codequant.errors import InputError, VerificationError
 from codequant.evaluation import context_length, decoder_layers, evaluate, relative_errors, render, set_changes
+from codequant.quantization_config import QuantizationConfig, Scheme
 
-V, H, LAYERS, EXPERTS, TOP_K = 61, 24, 3, 5, 2
-COMMON: dict[str, Any] = dict(
-    vocab_size=V, hidden_size=H, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=12,
-    intermediate_size=20, moe_intermediate_size=14, num_experts_per_tok=TOP_K, num_experts=EXPERTS,
-    max_position_embeddings=32, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-)  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": dict(norm_topk_prob=True),
-    "mixtral": dict(num_local_experts=EXPERTS),
-    "deepseek_v2": dict(
-        num_key_value_heads=2, head_dim=4, kv_lora_rank=8, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=4,
-        v_head_dim=8, n_routed_experts=EXPERTS, n_shared_experts=1, first_k_dense_replace=1,
-    ),
-    "olmoe": {},
-    "qwen2_moe": dict(shared_expert_intermediate_size=12),
-    "phimoe": dict(num_local_experts=EXPERTS),
-}  # fmt: skip
-
-
-def random_model(family: str = "qwen3_moe", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
-    # eager: grouped_mm refuses rows that are not a multiple of 16 bytes
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+# Of the Qwen3-MoE model in helpers; the first of its three layers is dense, the others have 5 experts, 2 per token.
+V, H = 67, 48
 
 
 def random_windows(count: int = 5, length: int = 13) -> Tensor:
@@ -53,14 +34,14 @@ def test_a_model_does_not_differ_from_its_copy(family: str) -> None:
     assert result.perplexity == result.reference_perplexity
     assert result.kl is not None and abs(result.kl) < 1e-6
     assert result.router_change == 0
-    assert [layer.layer for layer in result.layers] == list(range(LAYERS))
+    assert [layer.layer for layer in result.layers] == list(range(model.config.num_hidden_layers))
     assert all(layer.error == 0 for layer in result.layers)
-    dense = [0] if family == "deepseek_v2" else []
+    dense = [0] if family in ("qwen3_moe", "deepseek_v2") else []
     assert [layer.layer for layer in result.layers if layer.router_change is None] == dense
 
 
 def test_numbers_equal_independent_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference, windows = random_model(seed=0), random_model(seed=1), random_windows()
+    model, reference, windows = random_model("qwen3_moe", 0), random_model("qwen3_moe", 1), random_windows()
     with torch.no_grad():
         q, p = (m(input_ids=windows).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (model, reference))
     targets = windows[:, 1:].flatten()
@@ -78,7 +59,7 @@ def test_numbers_equal_independent_arithmetic(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_alone_has_a_perplexity() -> None:
-    model, windows, done = random_model(), random_windows(), []
+    model, windows, done = random_model("qwen3_moe"), random_windows(), []
     result = evaluate(model, windows, bits_per_weight=4.25, advance=done.append)
     with torch.no_grad():
         assert result.perplexity == pytest.approx(float(model(windows, labels=windows).loss.exp()), rel=1e-5)
@@ -87,17 +68,30 @@ def test_a_model_alone_has_a_perplexity() -> None:
 
 
 def test_renumbered_experts_change_the_router_and_nothing_else() -> None:
-    reference = random_model()
+    reference = random_model("qwen3_moe")
     model, layer = copy.deepcopy(reference), 1
     mlp = decoder_layers(model)[layer].mlp
     with torch.no_grad():
         for weight in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
             weight.copy_(weight.roll(1, 0))  # expert e becomes e + 1: no set of 2 out of 5 is its own image
     result = evaluate(model, random_windows(), reference)
-    assert [layer.router_change for layer in result.layers] == [0, 1, 0]
-    assert result.router_change == pytest.approx(1 / 3)
+    assert [layer.router_change for layer in result.layers] == [None, 1, 0]
+    assert result.router_change == 0.5
     # Only the order in which two experts' outputs are added may differ: a rounding error, squared by the divergence.
     assert result.kl is not None and abs(result.kl) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_folder_is_traced_like_its_source(family: str, tmp_path: Path) -> None:
+    source = random_model(family)
+    scheme = Scheme(activation_bits=16)
+    dequantized = quantize_rtn_checkpoint(source, tmp_path, QuantizationConfig(scheme, ignore=("lm_head", "*.gate")))
+    model, _ = codequant.load(tmp_path)
+    against_source, against_weights = (evaluate(model, random_windows(), other) for other in (source, dequantized))
+    assert against_source.kl > 1e-4 and max(layer.error for layer in against_source.layers) > 1e-2
+    # The same weights in other kernels: rounding errors of float32, which add up to far less than this.
+    assert abs(against_weights.kl) < 1e-6 and against_weights.router_change == 0
+    assert max(layer.error for layer in against_weights.layers) < 1e-4
 
 
 def test_set_changes_ignore_the_order() -> None:
@@ -106,11 +100,11 @@ def test_set_changes_ignore_the_order() -> None:
 
 
 def rotated(model: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
-    """The same function with another residual basis, for a model whose norm gains are all one."""
+    """The same function with another residual basis; the model's norm gains must be all one."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj")):
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 weight.copy_(rotation.T @ weight)
             elif weight.shape[-1] == H and weight.dim() > 1:
                 weight.copy_(weight @ rotation)
@@ -118,7 +112,10 @@ def rotated(model: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
 
 
 def test_layer_errors_are_measured_in_the_rotated_basis() -> None:
-    reference, windows = random_model(), random_windows()
+    reference, windows = random_model("qwen3_moe"), random_windows()
+    for name, weight in reference.named_parameters():
+        if name.endswith("norm.weight"):
+            weight.data.fill_(1)
     rotation = torch.linalg.qr(torch.randn(H, H, generator=torch.Generator().manual_seed(2)))[0]
     model = rotated(reference, rotation)
     same = evaluate(model, windows, reference, rotation)
@@ -134,14 +131,14 @@ def test_relative_errors_are_per_token() -> None:
 
 
 def test_windows_longer_than_the_context_are_refused() -> None:
-    model = random_model()
-    assert (context_length(model, 512), context_length(model, 16)) == (32, 16)
-    with pytest.raises(InputError, match="windows: 33 tokens, expected at most 32"):
-        evaluate(model, random_windows(length=33))
+    model = random_model("qwen3_moe")
+    assert (context_length(model, 512), context_length(model, 16)) == (128, 16)
+    with pytest.raises(InputError, match="windows: 129 tokens, expected at most 128"):
+        evaluate(model, random_windows(length=129))
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
-    reference = random_model()
+    reference = random_model("qwen3_moe")
     model = copy.deepcopy(reference)
     model.get_output_embeddings().weight.data[3, 5] = math.nan
     with pytest.raises(VerificationError, match=r"loss nan \(reference [0-9.e+]+\)"):
@@ -155,9 +152,9 @@ def test_rendered_table_has_what_was_measured() -> None:
             console.print(render(result))
         return capture.get()
 
-    model = random_model()
+    model = random_model("qwen3_moe")
     alone = text(evaluate(model, random_windows()))
     assert "perplexity" in alone and "KL" not in alone and "bits" not in alone
-    both = text(evaluate(model, random_windows(), random_model(seed=1), bits_per_weight=4.256))
+    both = text(evaluate(model, random_windows(), random_model("qwen3_moe", 1), bits_per_weight=4.256))
     for expected in ("KL divergence", "router change", "layer error", "4.26", "60"):
         assert expected in both

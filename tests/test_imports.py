@@ -10,29 +10,45 @@ import codequant
 PACKAGE = Path(codequant.__file__).parent
 
 FORMAT = {"errors", "packing", "quantization_config"}
+MODEL = {"structure", "checkpoint_names"}  # what a model is made of
+COMPUTE = {"native", "kernels", "hadamard"}
 # A stage is one step of the recipe: pure functions over tensors. Stages never import one another.
-STAGES = {"calibration", "discovery", "folding", "rotation", "permutation", "clustering", "finetuning"}
-TOOLS = {"evaluation", "generation", "inspection"}  # what is done with a finished model
-RUNTIME = {*FORMAT, "native", "kernels", "hadamard", "checkpoint_names", "verification", "runtime"}
+STAGES = {
+    *("calibration", "discovery", "folding", "rotation", "permutation"),
+    *("clustering", "error_feedback", "finetuning", "allocation"),
+}
+# What is done with a finished folder.
+TOOLS = {"evaluation", "generation", "inspection"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "packing": set(),
-    "native": set(),
-    "data": set(),
-    "structure": set(),
-    "hadamard": set(),
+    "packing": {"errors"},
     "quantization_config": {"errors", "packing"},
-    "kernels": {*FORMAT, "native"},
-    "checkpoint_names": FORMAT,
-    # Below the runtime: it reads files, never runs a model, and loading calls it first.
+    "data": set(),
+    "native": {"errors"},
+    "hadamard": {"errors"},
+    "kernels": {*FORMAT, *COMPUTE},
+    "structure": set(),
+    "checkpoint_names": {"errors"},
     "verification": {*FORMAT, "checkpoint_names"},
-    "runtime": RUNTIME - {"runtime"},
-    **{stage: {*FORMAT, "native", "structure", "hadamard"} for stage in STAGES},
-    **dict.fromkeys(TOOLS, RUNTIME),
+    "runtime": {*FORMAT, *COMPUTE, "checkpoint_names", "verification"},
+    **{stage: {*FORMAT, *MODEL, *COMPUTE} for stage in STAGES},
+    **{tool: {*FORMAT, *MODEL, *COMPUTE, "verification", "runtime"} for tool in TOOLS},
+    # The pipeline, from its parts to the whole.
     "recipe": FORMAT,
-}
-# Where everything comes together.
+    "store": {"errors"},
+    "executor": {"errors", "store"},
+    "source": {"errors", *MODEL, "discovery"},
+    "schemes": {*FORMAT, "recipe", "source"},
+    "working_layer": {"errors", *MODEL},
+    "weight_quantization": {*FORMAT, *STAGES},
+    "units": {
+        *FORMAT, *MODEL, *COMPUTE, *STAGES,
+        *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
+    },
+    "writing": {*FORMAT, "recipe", "store", "source", "units"},
+}  # fmt: skip
+# Where everything comes together; only cli is imported by nobody.
 EVERYTHING = {"__init__", "bench", "pipeline", "cli"}
 
 

@@ -46,8 +46,8 @@ def quantize(
 ) -> Path:
     """Quantize a causal MoE language model into the folder `out`, which must not exist yet.
 
-    source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields of
-    the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
+    source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
+    of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
     demo text that comes with the package. workers: units of work at a time, by default one per CPU core (one on a GPU).
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
@@ -59,7 +59,7 @@ def quantize(
     model = SourceModel(resolve(source))
     tokens = calibration_windows(model, chosen.calibration, calibration)
     chosen = with_windows(chosen, len(tokens))
-    work = out.with_name(f"{out.name}.codequant-work")
+    work = work_folder(out)
     context = Context(model, chosen, Store(work), device)
     check_supported(context)
     check_disk(context, out.parent)
@@ -80,6 +80,11 @@ def quantize(
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps its finished units, beside the output that it will become."""
+    return out.with_name(f"{out.name}.codequant-work")
 
 
 # --- what can be wrong, found before any work starts -----------------------------------------------------------------
@@ -162,7 +167,8 @@ def disk_bytes(context: Context) -> int:
     samples = recipe.rotation.samples * source.hidden_size * 2
     stored = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
     model = sum(stored.get(e.dtype, 1) * math.prod(e.shape) for e in source.checkpoint.entries.values())
-    # the teacher's states at every layer, the student's and the experts' inputs at one; output no larger than the source
+    # the teacher's states at every layer, the student's and the experts' inputs at one; the output is no larger than
+    # the source
     return stream * (source.num_layers + 1 + 4) + samples + model
 
 

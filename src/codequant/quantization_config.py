@@ -2,11 +2,12 @@
 
     {"quant_method": "codequant", "format": 1, "bits": 4, "group_size": -1, "activation_bits": 8,
      "activation_clip": 1.0, "ignore": ["lm_head", "*.mlp.gate"],
-     "overrides": {"*.experts.*.down_proj": {"activation_bits": 16}}}
+     "overrides": [{"modules": "*.experts.*.down_proj", "activation_bits": 16}]}
 
 Patterns are shell globs (`*` also crosses dots) against the checkpoint's module names, per expert
 (`model.layers.0.mlp.experts.3.down_proj`). A linear layer, router or expert matrix that no `ignore` pattern matches is
-quantized; overrides are applied in order, later ones win. Norms and embeddings are never quantized.
+quantized; overrides are applied in order, later ones win (so they are a list: transformers writes objects with sorted
+keys). Norms and embeddings are never quantized.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -64,7 +65,7 @@ class QuantizationConfig:
             "format": FORMAT,
             **asdict(self.default),
             "ignore": list(self.ignore),
-            "overrides": self.overrides,
+            "overrides": [{"modules": pattern, **changes} for pattern, changes in self.overrides.items()],
         }
 
     @classmethod
@@ -76,7 +77,12 @@ class QuantizationConfig:
         if (version := values.pop("format", None)) != FORMAT:
             raise InputError(f"format: {version!r}, expected {FORMAT}; this codequant reads no other version")
         known = {f.name for f in fields(Scheme)}
-        ignore, overrides = tuple(values.pop("ignore", ())), values.pop("overrides", {})
+        ignore = tuple(values.pop("ignore", ()))
+        overrides = {}
+        for i, entry in enumerate(values.pop("overrides", ())):
+            if not isinstance(entry, dict) or "modules" not in entry:
+                raise InputError(f"overrides[{i}]: {entry!r}, expected an object with a pattern 'modules'")
+            overrides[entry["modules"]] = {key: value for key, value in entry.items() if key != "modules"}
         for where, keys in [("quantization_config", values), *((f"overrides[{p!r}]", c) for p, c in overrides.items())]:
             for key in keys:
                 if key not in known:

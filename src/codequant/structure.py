@@ -30,8 +30,9 @@ class Site:
 class ChannelPair:
     """Channels written by rows of the producers and read by columns of the consumer, one to one or one to many.
 
-    Column j of the consumer reads row `row_of_column[j]` of every producer. Rows may be mixed (permuted; rotated if
-    `linear`) freely inside blocks of `block` consecutive *columns*; what is done to a block is done to the rows it reads.
+    Column j of the consumer reads row `row_of_column[j]` of every producer. Inside blocks of `block`
+    consecutive columns channels may be mixed freely (permuted; rotated if `linear`), as long as the rows that a block
+    reads are mixed with it.
     """
 
     producers: tuple[str, ...]

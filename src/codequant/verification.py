@@ -1,14 +1,16 @@
-"""What a finished folder must hold, read from its headers alone: names, shapes and types, no weights.
+"""What a finished folder must hold: names, shapes and types from the headers alone, and every value for `verify`.
 
 transformers only warns about a missing or extra tensor and fills the hole with random numbers, so every load of a
 codequant folder passes through here first.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -178,3 +180,79 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def verify(folder: str | Path, source: str | Path | None = None) -> Iterator[str]:
+    """Run every check on a finished folder; yields each one's name when it has passed.
+
+    Raises VerificationError naming what is wrong and where, InputError where the folder is none of codequant's. With
+    `source`, also that the folder was made from that very model.
+    """
+    folder = Path(folder)
+    config, quantization = read_config(folder)
+    files = weight_files(folder)
+    check_model_files(_skeleton(folder, config), quantization, files)
+    yield "every tensor of the model is there, with its shape and type, and no other"
+    _check_provenance(folder)
+    yield "no file has changed since it was written"
+    _check_left_alone(folder, quantization)
+    yield "router and output head are as the recipe says"
+    for file in files:
+        _check_values(file)
+    yield "values are finite, codebooks ascending, steps not negative"
+    if source is not None:
+        _check_source(folder, Path(source))
+        yield "made from this source"
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / "codequant.json"
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(provenance.get("files"), dict):
+            return provenance
+    except (OSError, ValueError, AttributeError) as error:
+        raise VerificationError(f"{path.name}: missing or not JSON ({_one_line(error)})") from error
+    raise VerificationError(f"{path.name}: has no file hashes, expected an entry `files`")
+
+
+def _check_provenance(folder: Path) -> None:
+    for name, expected in _provenance(folder)["files"].items():
+        file = _inside(folder, name)
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        if digest.hexdigest() != expected:
+            raise VerificationError(f"{name}: SHA-256 {digest.hexdigest()[:12]}..., expected {expected[:12]}...")
+
+
+def _check_left_alone(folder: Path, config: QuantizationConfig) -> None:
+    """The recipe decides about the router; the head is never quantized. config.json must say the same."""
+    recipe = _provenance(folder)["recipe"]
+    ignored = set(config.ignore)
+    if not any(pattern.endswith(("head", "embed_out")) for pattern in ignored):
+        raise VerificationError(f"config.json: ignore {sorted(ignored)} names no output head, expected one")
+    has_router = any(pattern.rpartition(".")[2] in ("gate", "router") for pattern in ignored)
+    if has_router and recipe["weights"]["router"]:
+        raise VerificationError("config.json: leaves the router alone, the recipe quantizes it")
+
+
+def _check_values(file: Path) -> None:
+    with safe_open(file, framework="pt") as shard:
+        for name in shard.keys():  # noqa: SIM118 - not a mapping
+            tensor = shard.get_tensor(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                raise VerificationError(f"{name}: holds NaN or infinity")
+            if name.endswith("_codebook") and bool((tensor[..., 1:] < tensor[..., :-1]).any()):
+                raise VerificationError(f"{name}: entries are not ascending")
+            if name.endswith("_step") and bool((tensor < 0).any()):
+                raise VerificationError(f"{name}: holds a negative step")
+
+
+def _check_source(folder: Path, source: Path) -> None:
+    for name, expected in _provenance(folder)["source"]["files"].items():
+        if not (source / name).is_file():
+            raise VerificationError(f"source: {name} is missing in {source}")
+        if hashlib.sha256((source / name).read_bytes()).hexdigest() != expected:
+            raise VerificationError(f"source: {name} differs from the file that was quantized")

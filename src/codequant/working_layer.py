@@ -45,7 +45,7 @@ class WorkingLayer:
     def __init__(
         self, layer: nn.Module, structure: LayerStructure, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> None:
-        """layer: on the meta device, left untouched. arguments: the layer's keyword arguments for windows of length T."""
+        """layer: on the meta device, left untouched. arguments: its keyword arguments for windows of length T."""
         self.structure = structure
         self.arguments = dict(arguments)
         self.module = copy.deepcopy(layer).eval()

@@ -28,14 +28,14 @@ def quantize_activation(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedAct
     """Dynamic per-token asymmetric min-max quantization of x [T, I] (any float dtype; the arithmetic is float32).
 
     The range [min, max] is scaled by `clip` first. A constant token has step 0 and is represented exactly by `lo`.
-    The level is round_half_even((x - lo) * inverse) with inverse = (2**bits - 1) / (hi - lo), a product and not a
+    The level is round_half_even((x - lo) * inverse) with inverse = 1 / (hi - lo) * (2**bits - 1), a product and not a
     quotient, so that every backend that follows this order of operations gets the same integers.
     """
     x = x.float()
     lo, hi = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip  # [T, 1]
     levels = 2**bits - 1
     width = hi - lo
-    inverse = torch.where(width > 0, levels / width, 0.0)
+    inverse = torch.where(width > 0, width.reciprocal() * levels, 0.0)
     level = ((x - lo) * inverse).round().clamp(0, levels).to(torch.uint8)
     return QuantizedActivation(level, width / levels, lo)
 

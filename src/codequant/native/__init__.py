@@ -1,12 +1,87 @@
-"""The native library, if it was built: `library()` is a ctypes handle or None."""
+"""The native library, if it was built: `library()` is a ctypes handle or None. Everything in it is `extern "C"`; the
+argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp)."""
 
 import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from importlib.util import find_spec
+
+from codequant.errors import InputError
+
+
+class Matrices(ctypes.Structure):
+    """`Matrices` of layout.h: a stack of `count` matrices of one shape."""
+
+    _fields_ = [(name, c_int64) for name in ("count", "rows", "columns", "groups", "bits")]
+    _fields_.insert(0, ("panels", c_void_p))
+
+
+class Experts(ctypes.Structure):
+    """`Experts` of experts.cpp."""
+
+    _fields_ = [
+        ("gate_up", POINTER(Matrices)),
+        ("down", POINTER(Matrices)),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
+        ("has_gate", c_int64),
+        ("activation", c_int64),
+        ("input_bits", c_int64),
+        ("down_bits", c_int64),
+        ("input_clip", c_float),
+        ("down_clip", c_float),
+    ]
+
+
+_MATRICES = POINTER(Matrices)
+_INPUT = [c_void_p, c_int64, c_int64, c_void_p]  # x, tokens, share, expert
+_SIGNATURES = {
+    "codequant_isa": (c_char_p, [c_int64]),
+    "codequant_use_isa": (c_int, [c_char_p]),
+    "codequant_bytes": (c_int64, [_MATRICES]),
+    "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
+    "codequant_to_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
+    "codequant_from_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
+    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, c_void_p]),
+    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, c_void_p, c_int64, c_void_p]),
+}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """ctypes handle of the compiled kernels, or None where the package was installed without a compiler."""
     spec = find_spec("codequant._native")
-    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+    if spec is None or spec.origin is None:
+        return None
+    handle = ctypes.CDLL(spec.origin)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(handle, name)
+        function.restype, function.argtypes = result, arguments
+    return handle
+
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that both the library and this processor have, best first."""
+    handle = library()
+    assert handle is not None
+    names: list[str] = []
+    while name := handle.codequant_isa(len(names)):
+        names.append(name.decode())
+    return names
+
+
+def use_instruction_set(name: str) -> None:
+    """Compute with this one from now on, in the whole process. Raises InputError where this processor lacks it."""
+    handle = library()
+    assert handle is not None
+    if handle.codequant_use_isa(name.encode()):
+        raise InputError(f"CODEQUANT_ISA: {name!r}, expected one that this processor has: {instruction_sets()}")
+
+
+@cache
+def instruction_set() -> str:
+    """The one chosen for this process: what CODEQUANT_ISA names, or else the best."""
+    name = os.environ.get("CODEQUANT_ISA") or instruction_sets()[0]
+    use_instruction_set(name)
+    return name

@@ -5,12 +5,13 @@
 #include <cstring>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
-
-namespace {
 
 #define CODEQUANT_BODY "clustering_search.h"
 #include "multiversion.h"
+
+namespace {
 
 constexpr int kPadding = 8;  // the search reads whole vectors
 
@@ -94,7 +95,7 @@ void cluster_row(const float* values, const float* weights, int64_t n, int clust
 
 // values [rows, columns]; weights [rows, columns], or one row for all with weight_stride 0 -> centroids [rows, clusters]
 // ascending, indices [rows, columns]. 1 <= columns < 2**31, 1 <= clusters <= 256; weights finite and not negative.
-extern "C" void codequant_kmeans(const float* values, const float* weights, int64_t weight_stride, int64_t rows,
+CODEQUANT_API void codequant_kmeans(const float* values, const float* weights, int64_t weight_stride, int64_t rows,
                                  int64_t columns, int clusters, int threads, float* centroids, uint8_t* indices) {
     constexpr int64_t kRowsPerTask = 16;
     const int64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;

@@ -1,11 +1,13 @@
 """From a plain model skeleton to one with quantized modules, and the names under which its tensors are stored."""
 
+import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, WeightTransform
 
 from codequant import packing
 from codequant.checkpoint_names import Source, is_experts, matrices, parameter_sources
@@ -27,20 +29,54 @@ class NameTable(WeightRenaming):
         self.names = names
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if source_key not in self.names:
+        # As it saves, transformers 5.17 renames `experts.*.w1.weight` once for all experts: the first stands for them.
+        name = self.names.get(source_key.replace("*", "0"))
+        if name is None:
             return source_key, None
         self._was_used = True
-        return self.names[source_key], self.source_patterns[0]
+        return name, self.source_patterns[0]
 
     def reverse_transform(self) -> "NameTable":
         return NameTable({new: old for old, new in self.names.items()})
 
 
-def replace_modules(model: PreTrainedModel, config: QuantizationConfig) -> NameTable:
+class UnmergedTensors(WeightConverter):
+    """Tensors that the model holds one by one, as the checkpoint does.
+
+    transformers would make a renaming object for each, with a regular expression to compile: most of the time to
+    load or save a model with thousands of experts. This converter is copied instead, and cheaply.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(source_patterns="model", target_patterns="model", operations=[Concatenate()])
+        self.source_patterns[:] = names
+        self.names = frozenset(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key not in self.names:
+            return source_key, None
+        self._was_used = True
+        return source_key, source_key
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
+        return self.materialize_tensors()
+
+    def reverse_transform(self) -> "UnmergedTensors":
+        return UnmergedTensors(self.source_patterns)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnmergedTensors":
+        fresh = copy.copy(self)
+        fresh.collected_tensors, fresh.layer_targets = defaultdict(list), defaultdict(set)
+        return fresh
+
+
+def replace_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[WeightTransform]:
     """Swap every module of a meta-device model that `config` quantizes, in place.
 
-    Returns the table from the names of the checkpoint's tensors to names in the model. Tensors of experts that stay
-    plain keep the names from which transformers' own converters merge them.
+    Returns what takes the checkpoint's tensors to the model's: their names, and which of them need no merging. Tensors
+    of experts that stay plain get the names from which transformers' own converters merge them.
     """
     sources = parameter_sources(model)
     quantizable = matrices(model, sources)
@@ -83,7 +119,8 @@ def replace_modules(model: PreTrainedModel, config: QuantizationConfig) -> NameT
                 if (scheme := scheme_of(source)) is not None:
                     _replace_matrix(model, name, module, scheme)
                     store(source, name, "weight", True)
-    return NameTable(names)
+    state = model.state_dict()
+    return [NameTable(names), UnmergedTensors([name for name in names.values() if name in state])]
 
 
 def _replace_matrix(model: PreTrainedModel, name: str, module: Any, scheme: Scheme) -> None:

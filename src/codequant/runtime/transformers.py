@@ -57,9 +57,13 @@ class CodequantQuantizer(HfQuantizer):
         from codequant.verification import check_model_files
 
         config = self.quantization_config.config
+        if type(model).__name__ not in (model.config.architectures or ()):
+            raise InputError(
+                f"{type(model).__name__}: expected {model.config.architectures}, loaded by AutoModelForCausalLM"
+            )
         if checkpoint_files is not None:
             check_model_files(model, config, map(Path, checkpoint_files))
-        self.names = replace_modules(model, config)
+        self.transforms = replace_modules(model, config)
         kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(model.dtype)]
         self.dtypes = {
             name: torch.float32 if any(pattern.search(name) for pattern in kept) else tensor.dtype
@@ -75,7 +79,7 @@ class CodequantQuantizer(HfQuantizer):
                 tensor.data = tensor.data.to(dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Every name comes from the table; transformers' converters merge the experts that stay plain."""
+        """Every name comes from our table; transformers' converters merge the experts that stay plain."""
         from transformers.core_model_loading import WeightConverter
 
-        return [self.names, *(t for t in weight_conversions if isinstance(t, WeightConverter))]
+        return [*self.transforms, *(t for t in weight_conversions if isinstance(t, WeightConverter))]

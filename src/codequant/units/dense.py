@@ -47,7 +47,7 @@ def dense(context: Context, layer: int) -> Result:
         quantized = quantize(context, scheme, weight[None], moments)
         for reader, part in zip(readers, split_rows(quantized, rows)):
             part = pick(part, 0)
-            result |= packed_tensors(context.module_name(layer, reader), part)
+            result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", part)
             student_layer.replace(reader, unpack(part).to(context.device), lambda x, s=scheme: as_read(x, s))
             info["errors"][context.module_name(layer, reader)] = float(quantized.error[0])
     if structure.experts is not None:
@@ -87,7 +87,7 @@ def prove(context: Context, layer: int, teacher_layer: WorkingLayer, student_lay
     error = float((got - expected).norm() / expected.norm())
     if not error <= PROOF_TOLERANCE:
         raise InvarianceError(
-            f"{context.source.layer_names[layer]}: the rotated layer differs from the source by {error:.2e}, expected at "
-            f"most {PROOF_TOLERANCE:g}; --set rotation.method=none quantizes without a rotation"
+            f"{context.source.layer_names[layer]}: the rotated layer differs from the source by {error:.2e}, "
+            f"expected at most {PROOF_TOLERANCE:g}; --set rotation.method=none quantizes without a rotation"
         )
     return error

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codequant.checkpoint_names import Source as TensorSource
 from codequant.folding import rotate_rows
 from codequant.hadamard import hadamard_transform
-from codequant.packing import PackedWeight, pack, unpack
+from codequant.packing import pack, unpack
 from codequant.units.context import Context, Result, dense_key, route_key
-from codequant.units.matrices import finished_dense, packed_tensors, pick, quantize, stored
+from codequant.units.expert_tensors import packed_experts, places, plain_experts
+from codequant.units.matrices import finished_dense, quantize
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
 from codequant.units.teacher import read_experts
 from codequant.weight_quantization import QuantizedWeight
@@ -75,10 +75,13 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
             [everything if e in starved else mixed(s.mean(), everything, recipe.all_tokens) for e, s in enumerate(sums)]
         )
         quantized = quantize(context, outer, gate_up, moments)
-        gate_up = save_experts(context, names[0], chosen, quantized, result, info)
+        packed = pack(quantized.indices, quantized.codebook, quantized.step)
+        result |= packed_experts(context, layer, names[0], chosen, packed)
+        info["errors"] |= errors_of(context, names[0], chosen, quantized)
+        gate_up = unpack(packed).to(context.device)
         del moments, everything
     else:
-        save_plain_experts(context, names[0], chosen, gate_up, result)
+        result |= plain_experts(context, layer, names[0], chosen, gate_up)
 
     if inner is not None:
         bias = own.get("gate_up_bias")
@@ -96,39 +99,23 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
                 wanted = apply_gate(F.linear(batch["source_x"][token], original[e], row_bias))
                 sums[e].add(as_read(hidden, inner), hadamard_transform(wanted) if inner.hadamard else wanted, share)
         quantized = quantize(context, inner, own["down"], stack([s.mean() for s in sums]))
-        save_experts(context, names[1], chosen, quantized, result, info)
+        packed = pack(quantized.indices, quantized.codebook, quantized.step)
+        result |= packed_experts(context, layer, names[1], chosen, packed)
+        info["errors"] |= errors_of(context, names[1], chosen, quantized)
     else:
-        save_plain_experts(context, names[1], chosen, own["down"], result)
+        result |= plain_experts(context, layer, names[1], chosen, own["down"])
     for name, key in zip(names, ("gate_up_bias", "down_bias")):
         if key in own:
-            save_plain_experts(context, f"{name}_bias", chosen, own[key], result)
+            result |= plain_experts(context, layer, f"{name}_bias", chosen, own[key])
     return result, info
 
 
-def save_experts(
-    context: Context, parameter: str, chosen: slice, quantized: QuantizedWeight, result: dict[str, Tensor], info: dict
-) -> Tensor:
-    """Add a run of experts' packed matrices to a result, by checkpoint name; returns their values [n, O, I]."""
-    packed = pack(quantized.indices, quantized.codebook, quantized.step)
-    for entry, expert, rows in entries_of(context, parameter, chosen):
-        one = pick(packed, expert)
-        part = PackedWeight(one.packed[rows], one.codebook[rows], one.step[rows], one.in_features)
-        result |= packed_tensors(entry.module, part)
-        info["errors"][entry.module] = float(quantized.error[expert])
-    return unpack(packed).to(context.device)
-
-
-def save_plain_experts(
-    context: Context, parameter: str, chosen: slice, tensor: Tensor, result: dict[str, Tensor]
-) -> None:
-    for entry, expert, rows in entries_of(context, parameter, chosen):
-        result[entry.name] = stored(context, entry.name, tensor[expert][rows])
-
-
-def entries_of(context: Context, parameter: str, chosen: slice) -> Iterator[tuple[TensorSource, int, slice]]:
-    """The checkpoint tensors of a run of experts: (entry, expert in the run, its rows of the fused matrix)."""
-    for entry in context.source.sources[parameter]:
-        expert, *rows = entry.index
-        assert isinstance(expert, int)
-        if chosen.start <= expert < chosen.stop:
-            yield entry, expert - chosen.start, rows[0] if rows else slice(None)
+def errors_of(context: Context, parameter: str, chosen: slice, quantized: QuantizedWeight) -> dict[str, float]:
+    """Relative error of every expert's matrix: by checkpoint module, or module.expert where experts share a tensor."""
+    found: dict[str, float] = {}
+    for entry, index in places(context, parameter, chosen):
+        if index:
+            found[entry.module] = float(quantized.error[index[0]])
+        else:
+            found |= {f"{entry.module}.{chosen.start + e}": float(x) for e, x in enumerate(quantized.error)}
+    return found

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from codequant.error_feedback import damped
 from codequant.hadamard import hadamard_transform
 from codequant.packing import SUFFIXES, PackedWeight, pack, unpack
 from codequant.quantization_config import Scheme
@@ -18,16 +17,18 @@ def quantize(context: Context, scheme: Scheme, weight: Tensor, moments: Moments)
     w = context.recipe.weights
     if scheme.hadamard:
         weight = hadamard_transform(weight)
-    hessian = damped(moments.hessian, w.damping)
-    target = None
-    if w.correction and w.method == "hessian":
-        # the cross moment gets the same ridge, so that equal inputs leave the target where it is
-        ridge = hessian - moments.hessian
-        target = target_weight(weight, hessian, moments.cross + ridge, w.correction)
     options = WeightOptions(
-        bits=scheme.bits, group_size=scheme.group_size, method=w.method, rounds=w.rounds, sweeps=w.sweeps
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        method=w.method,
+        rounds=w.rounds,
+        sweeps=w.sweeps,
+        damp=w.damping,
     )
-    return quantize_weight(weight, hessian, target, options)
+    target = None
+    if w.method == "hessian" and w.correction > 0:
+        target = target_weight(weight, moments.hessian, moments.cross, w.correction, w.damping)
+    return quantize_weight(weight, moments.hessian, target, options, threads=1)
 
 
 def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight]:
@@ -36,9 +37,9 @@ def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight
     return [pack(*part) for part in parts]
 
 
-def packed_tensors(module: str, weight: PackedWeight) -> dict[str, Tensor]:
-    """The tensors of one matrix under the names of the format."""
-    return {f"{module}.weight_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
+def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of the format that stand for the checkpoint tensor `name`."""
+    return {f"{name}_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
 
 
 def pick(weight: PackedWeight, index: int) -> PackedWeight:
@@ -86,7 +87,7 @@ def stored(context: Context, name: str, tensor: Tensor) -> Tensor:
 def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
     """The student's layer, its experts apart, with every tensor as `key` stores it."""
     source, structure = context.source, context.source.structures[layer]
-    shapes = {path: tensor for path, tensor in source.layers[layer].state_dict().items()}
+    shapes = source.layers[layer].state_dict()
     own = [p for p in shapes if structure.experts is None or not p.startswith(f"{structure.experts.path}.")]
     plain = context.store.read(key, *plain_names(context, layer, {p: shapes[p] for p in own}).values())
     working = context.working_layer(layer, local_tensors(context, layer, plain))

@@ -1,23 +1,19 @@
 """The quantized model: a layer's final tensors, and the layer run from them."""
 
-import torch
 from torch import Tensor
 
 from codequant.folding import rotate_rows
-from codequant.packing import unpack
 from codequant.units.context import Context, Result, dense_key, experts_key, layer_key
-from codequant.units.experts import entries_of
-from codequant.units.matrices import finished_dense, read_packed
+from codequant.units.expert_tensors import join, read_expert
+from codequant.units.matrices import finished_dense
 from codequant.units.moments import as_read
 from codequant.units.teacher import experts_of
 
 
 def layer(context: Context, layer: int) -> Result:
     """All tensors of a finished layer: one shard of the output."""
-    keys = [dense_key(layer), *(experts_key(layer, s) for s in range(len(context.expert_shards(layer))))]
-    merged: dict[str, Tensor] = {}
-    for key in keys:
-        merged |= context.store.read(key)
+    runs = [context.store.read(experts_key(layer, s)) for s in range(len(context.expert_shards(layer)))]
+    merged = context.store.read(dense_key(layer)) | join(runs)
     return {name: tensor for name, tensor in sorted(merged.items()) if not name.startswith("moments.")}, {}
 
 
@@ -28,26 +24,19 @@ def student(context: Context, layer: int, shard: int) -> Result:
     run = None
     if (structure := source.structures[layer].experts) is not None:
         outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
-        names = dict(zip(("gate_up", "down"), (name for name, _ in source.expert_matrices(layer))))
-        widths = {"gate_up": source.hidden_size, "down": structure.intermediate}
+        (first, _), (down, _) = source.expert_matrices(layer)
+        matrices = {
+            "gate_up": (first, source.hidden_size if outer is not None else None),
+            "down": (down, structure.intermediate if inner is not None else None),
+        }
+        if structure.has_bias:
+            matrices |= {"gate_up_bias": (f"{first}_bias", None), "down_bias": (f"{down}_bias", None)}
 
         def read(expert: int) -> dict[str, Tensor]:
-            tensors: dict[str, Tensor] = {}
-            for which, parameter in names.items():
-                scheme = outer if which == "gate_up" else inner
-                entries = [entry for entry, *_ in entries_of(context, parameter, slice(expert, expert + 1))]
-                if scheme is None:
-                    parts = [context.store.read_one(key, e.name).float() for e in entries]
-                else:
-                    parts = [unpack(read_packed(context, key, e.module, widths[which])) for e in entries]
-                tensors[which] = torch.cat(parts)[None].to(context.device)
-                if structure.has_bias:
-                    biases = [
-                        entry for entry, *_ in entries_of(context, f"{parameter}_bias", slice(expert, expert + 1))
-                    ]
-                    saved = [context.store.read_one(key, e.name).float() for e in biases]
-                    tensors[f"{which}_bias"] = torch.cat(saved)[None].to(context.device)
-            return tensors
+            return {
+                which: read_expert(context, layer, key, parameter, expert, width)
+                for which, (parameter, width) in matrices.items()
+            }
 
         quantized = experts_of(context, layer, read, inner)
 

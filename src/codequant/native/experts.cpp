@@ -1,0 +1,307 @@
+// The two entry points that compute: a codebook linear layer (of one matrix, or of one per expert), and the whole
+// feed-forward of a mixture of experts. Both quantize the tokens, sort them by expert, and hand out (expert, panels)
+// tasks; the arithmetic is panel.h's.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace codequant {
+namespace {
+
+constexpr int64_t kBatch = 256;       // token planes that pass over a panel together: their levels stay in the cache
+constexpr int64_t kSlice = 2048;      // tokens whose intermediate is held at once
+constexpr int64_t kHugePage = 2 << 20;
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Memory that keeps its largest size, uninitialized: fresh pages for every call would cost a tenth of a prefill.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  template <class T>
+  T* get(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (bytes > bytes_) {
+      std::free(data_);
+      data_ = nullptr;
+      bytes_ = 0;
+      const int64_t alignment = bytes < kHugePage ? 64 : kHugePage;
+      const int64_t rounded = ceil_div(bytes, alignment) * alignment;
+      data_ = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
+      if (data_ == nullptr) throw std::bad_alloc();
+      advise_huge_pages(data_, rounded);
+      bytes_ = rounded;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+struct Workspace {
+  Buffer levels, tokens, hidden, hidden_levels, hidden_tokens;
+};
+thread_local Workspace workspace;
+
+// x [rows, m.columns] -> planes(bits) tokens per row.
+const Token* quantize_rows(const Matrices& m, const float* x, int64_t rows, int64_t bits, float clip, int64_t threads,
+                           Buffer& levels, Buffer& tokens) {
+  constexpr int64_t kBlock = 16;
+  const int64_t row_bytes = planes(bits) * m.level_bytes();
+  uint8_t* level = levels.get<uint8_t>(rows * row_bytes);
+  Token* token = tokens.get<Token>(rows * planes(bits));
+  parallel_for(threads, ceil_div(rows, kBlock), [&](int64_t block) {
+    for (int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); ++row) {
+      isa().quantize(m, x + row * m.columns, bits, clip, level + row * row_bytes, token + row * planes(bits));
+    }
+  });
+  return token;
+}
+
+// Some rows of the same quantized input, to be multiplied with panel after panel.
+struct Batch {
+  alignas(64) uint8_t scratch[kScratch];
+  Token tokens[kBatch];
+  int64_t planes, count = 0;
+
+  explicit Batch(int64_t bits) : planes(codequant::planes(bits)) {}
+  int64_t capacity() const { return kBatch / planes; }
+
+  void add(const Token* all, int64_t row) {
+    std::copy_n(all + row * planes, planes, tokens + count * planes);
+    ++count;
+  }
+
+  void multiply(const Matrices& m, const uint8_t* panel, float (*out)[kRows]) {
+    isa().product(m, panel, tokens, count * planes, out, scratch);
+    for (int64_t i = 0; planes > 1 && i < count; ++i) {
+      for (int64_t r = 0; r < kRows; ++r) {
+        out[i][r] = out[i * planes][r] + out[i * planes + 1][r] + out[i * planes + 2][r];
+      }
+    }
+  }
+};
+
+void add_bias(float (*out)[kRows], int64_t count, const float* bias, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t r = 0; r < rows; ++r) out[i][r] += bias[r];
+  }
+}
+
+// The slots (token, choice) of one expert: order[first .. first + count) of its Route.
+struct Group {
+  int64_t expert, first, count;
+};
+
+struct Route {
+  std::vector<int64_t> order;  // slots sorted by expert, stable
+  std::vector<Group> groups;   // of the experts that have any
+};
+
+// expert [slots]; null means that all slots go to expert 0. An index that is no expert's is left out.
+Route route(const int64_t* expert, int64_t slots, int64_t experts) {
+  const auto of = [&](int64_t slot) { return expert == nullptr ? 0 : expert[slot]; };
+  const auto valid = [&](int64_t slot) { return of(slot) >= 0 && of(slot) < experts; };
+  std::vector<int64_t> end(static_cast<size_t>(experts), 0);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (valid(slot)) ++end[static_cast<size_t>(of(slot))];
+  }
+  Route result;
+  int64_t total = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    int64_t& count = end[static_cast<size_t>(e)];
+    if (count > 0) result.groups.push_back({e, total, count});
+    total += std::exchange(count, total);  // from here on: where the expert's next slot goes
+  }
+  result.order.resize(static_cast<size_t>(total));
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (valid(slot)) result.order[static_cast<size_t>(end[static_cast<size_t>(of(slot))]++)] = slot;
+  }
+  return result;
+}
+
+// How many tasks to cut the panels of one expert into, for about eight tasks per thread.
+int64_t cuts(int64_t threads, int64_t groups, int64_t panels) {
+  return threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(8 * threads, groups), 1, panels);
+}
+
+// Waking threads costs tens of microseconds: as much as a million products.
+int64_t useful_threads(int64_t threads, int64_t slots, const Matrices& m) {
+  return slots * m.rows * m.columns < (1 << 20) ? 1 : std::max<int64_t>(threads, 1);
+}
+
+void linear(const Matrices& m, const float* x, int64_t tokens, int64_t share, const int64_t* expert, const float* bias,
+            int64_t bits, float clip, int64_t threads, float* y) {
+  const Route routed = route(expert, tokens * share, m.count);
+  if (static_cast<int64_t>(routed.order.size()) < tokens * share) {
+    std::fill_n(y, tokens * share * m.rows, 0.0f);
+  }
+  if (routed.groups.empty()) return;
+  const Token* token = quantize_rows(m, x, tokens, bits, clip, threads, workspace.levels, workspace.tokens);
+  const int64_t panels = m.panels_each(), cut = cuts(threads, static_cast<int64_t>(routed.groups.size()), panels);
+  parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
+    const Group& group = routed.groups[static_cast<size_t>(task / cut)];
+    const int64_t* slot = routed.order.data() + group.first;
+    alignas(64) float out[kBatch][kRows];
+    Batch batch(bits);
+    for (int64_t done = 0; done < group.count; done += batch.count) {
+      batch.count = 0;
+      while (batch.count < batch.capacity() && done + batch.count < group.count) {
+        batch.add(token, slot[done + batch.count] / share);
+      }
+      for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
+        const int64_t rows = std::min(kRows, m.rows - p * kRows);
+        batch.multiply(m, m.panel(group.expert, p), out);
+        if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
+        for (int64_t i = 0; i < batch.count; ++i) {
+          std::copy_n(out[i], rows, y + slot[done + i] * m.rows + p * kRows);
+        }
+      }
+    }
+  });
+}
+
+// The fields of codequant_experts' argument; kernels/cpu.py mirrors it.
+struct Experts {
+  const Matrices* gate_up;  // has_gate: matrix 2 * e is the gate of expert e, 2 * e + 1 its up
+  const Matrices* down;
+  const float* gate_up_bias;  // [gate_up->count, gate_up->rows] or null
+  const float* down_bias;     // [down->count, down->rows] or null
+  int64_t has_gate;
+  Activation activation;
+  int64_t input_bits, down_bits;
+  float input_clip, down_clip;
+};
+
+// activation(gate) * up of every slot of the route -> hidden [routed.order.size(), gate_up->rows].
+void gate_and_up(const Experts& e, const Route& routed, const Token* token, int64_t share, int64_t threads,
+                 float* hidden) {
+  const Matrices& m = *e.gate_up;
+  const int64_t panels = m.panels_each(), cut = cuts(threads, static_cast<int64_t>(routed.groups.size()), panels);
+  const auto multiply = [&](Batch& batch, int64_t matrix, int64_t p, int64_t rows, float(*out)[kRows]) {
+    batch.multiply(m, m.panel(matrix, p), out);
+    if (e.gate_up_bias != nullptr) add_bias(out, batch.count, e.gate_up_bias + matrix * m.rows + p * kRows, rows);
+  };
+  parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
+    const Group& group = routed.groups[static_cast<size_t>(task / cut)];
+    const int64_t* slot = routed.order.data() + group.first;
+    alignas(64) float gate[kBatch][kRows], up[kBatch][kRows];
+    Batch batch(e.input_bits);
+    for (int64_t done = 0; done < group.count; done += batch.count) {
+      batch.count = 0;
+      while (batch.count < batch.capacity() && done + batch.count < group.count) {
+        batch.add(token, slot[done + batch.count] / share);
+      }
+      for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
+        const int64_t rows = std::min(kRows, m.rows - p * kRows);
+        multiply(batch, e.has_gate ? 2 * group.expert : group.expert, p, rows, gate);
+        if (e.has_gate) multiply(batch, 2 * group.expert + 1, p, rows, up);
+        isa().activate(e.activation, gate[0], e.has_gate ? up[0] : nullptr, batch.count * kRows);
+        for (int64_t i = 0; i < batch.count; ++i) {
+          std::copy_n(gate[i], rows, hidden + (group.first + done + i) * m.rows + p * kRows);
+        }
+      }
+    }
+  });
+}
+
+// y [tokens, down->rows] = the weighted sum of down(hidden) over the slots of each token. A task owns some columns of
+// y and adds the experts to them in their order, so nothing is shared and the order of the sum is fixed.
+void down_and_sum(const Experts& e, const Route& routed, const Token* token, int64_t tokens, int64_t share,
+                  const float* weight, int64_t threads, float* y) {
+  constexpr int64_t kColumns = 32;  // panels: their part of y for 512 tokens is 1 MiB
+  const Matrices& m = *e.down;
+  const int64_t panels = m.panels_each();
+  const int64_t cut = std::max(ceil_div(panels, kColumns), cuts(threads, 1, panels));
+  parallel_for(threads, cut, [&](int64_t task) {
+    const int64_t first = panels * task / cut, last = panels * (task + 1) / cut;
+    const int64_t columns = std::min(last * kRows, m.rows) - first * kRows;
+    for (int64_t t = 0; t < tokens; ++t) std::fill_n(y + t * m.rows + first * kRows, columns, 0.0f);
+    alignas(64) float out[kBatch][kRows];
+    Batch batch(e.down_bits);
+    for (const Group& group : routed.groups) {
+      for (int64_t done = 0; done < group.count; done += batch.count) {
+        batch.count = 0;
+        while (batch.count < batch.capacity() && done + batch.count < group.count) {
+          batch.add(token, group.first + done + batch.count);
+        }
+        const int64_t* slot = routed.order.data() + group.first + done;
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t rows = std::min(kRows, m.rows - p * kRows);
+          batch.multiply(m, m.panel(group.expert, p), out);
+          if (e.down_bias != nullptr) add_bias(out, batch.count, e.down_bias + group.expert * m.rows + p * kRows, rows);
+          for (int64_t i = 0; i < batch.count; ++i) {
+            float* target = y + slot[i] / share * m.rows + p * kRows;
+            for (int64_t r = 0; r < rows; ++r) target[r] += weight[slot[i]] * out[i][r];
+          }
+        }
+      }
+    }
+  });
+}
+
+void experts(const Experts& e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
+             const float* weight, int64_t threads, float* y) {
+  Workspace& w = workspace;
+  const Route routed = route(expert, tokens * share, e.down->count);
+  const int64_t slots = static_cast<int64_t>(routed.order.size());
+  const Token* token = quantize_rows(*e.gate_up, x, tokens, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
+  float* hidden = w.hidden.get<float>(slots * e.gate_up->rows);
+  gate_and_up(e, routed, token, share, threads, hidden);
+  token = quantize_rows(*e.down, hidden, slots, e.down_bits, e.down_clip, threads, w.hidden_levels, w.hidden_tokens);
+  down_and_sum(e, routed, token, tokens, share, weight, threads, y);
+}
+
+}  // namespace
+}  // namespace codequant
+
+// Ask for huge pages before memory is first written: 35 against 27 GB/s on one core of a Zen 5.
+CODEQUANT_API void codequant_advise_huge_pages(void* data, int64_t bytes) { codequant::advise_huge_pages(data, bytes); }
+
+// y [tokens * share, m->rows]: row s is W[expert[s]] @ x[s / share] + bias[expert[s]], or 0 where expert[s] is not
+// one of the m->count matrices; expert null means matrix 0 throughout. x [tokens, m->columns], bias [count, rows] or
+// null. bits 4, 8 or 16. Returns 0, or 1 when memory is short.
+CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
+                     const float* bias, int64_t bits, float clip, int64_t threads, float* y) try {
+  threads = codequant::useful_threads(threads, tokens * share, *m);
+  codequant::linear(*m, x, tokens, share, expert, bias, bits, clip, threads, y);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// y [tokens, down->rows] = sum over j < share of weight[t, j] * down(activation(gate(x[t])) * up(x[t])) of expert
+// expert[t, j]. x [tokens, gate_up->columns]. Returns 0, or 1 when memory is short.
+CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
+                      const float* weight, int64_t threads, float* y) try {
+  threads = codequant::useful_threads(threads, tokens * share, *e->gate_up);
+  for (int64_t first = 0; first < tokens; first += codequant::kSlice) {
+    codequant::experts(*e, x + first * e->gate_up->columns, std::min(codequant::kSlice, tokens - first), share,
+                       expert + first * share, weight + first * share, threads, y + first * e->down->rows);
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}

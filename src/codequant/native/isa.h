@@ -1,0 +1,54 @@
+// What one instruction set offers: a table of functions, filled in by panel.h for the sources that name their
+// instructions (portable.cpp, avx2.cpp, ...), and chosen once in dispatch.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+#define CODEQUANT_API extern "C" __attribute__((visibility("default")))
+
+namespace codequant {
+
+// One plane of a quantized token: its value at column i is middle + step * (level[i] - zero). Counting from the middle
+// of the range and not from its low end keeps the float terms small: the sum with the zero point is of integers.
+//
+// 4 and 8 activation bits take one plane. 16 bits, "not quantized", take the token as a 24-bit integer in three planes
+// of 8 bits, most significant first, of which only the first has a middle and a zero: the same integer kernels then
+// give a product as exact as a float32 one, whatever the instruction set. (Measured against vdpbf16ps on Sapphire
+// Rapids, three vpdpbusd are also the faster way: 6.6 / 3 against 1.7 G instructions/s, of twice the width.)
+struct Token {
+  const uint8_t* level;  // [groups * padded columns], 0 in the padding
+  float step;
+  float middle;
+  int32_t zero;
+};
+
+constexpr int kMaxPlanes = 3;
+inline int planes(int64_t activation_bits) { return activation_bits == 16 ? kMaxPlanes : 1; }
+
+enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+
+  // x [matrices.columns] -> planes(bits) tokens; `level` has room for planes(bits) * matrices.level_bytes() bytes.
+  // reference.quantize_activation, integer for integer. A token that is not finite becomes NaN as a whole.
+  void (*quantize)(const Matrices& matrices, const float* x, int64_t bits, float clip, uint8_t* level, Token* tokens);
+
+  // out[t][row] = sum over the columns of one panel, for count tokens. `scratch` has kScratch bytes.
+  void (*product)(const Matrices& matrices, const uint8_t* panel, const Token* tokens, int64_t count,
+                  float (*out)[kRows], uint8_t* scratch);
+
+  // gate[i] = activation(gate[i]) * up[i], or without the product where up is null.
+  void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
+};
+
+constexpr int64_t kScratch = kSegment * kRows;
+
+extern const Isa kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kNeon;
+
+const Isa& isa();  // the chosen one
+
+}  // namespace codequant

@@ -1,0 +1,349 @@
+// The kernels, written once over a vector type V that a source per instruction set supplies:
+//
+//     lanes                                16-byte lanes of a register: 1, 2 or 4
+//     direct_tokens, dense_tokens          tokens whose sums fit in the registers, decoding on the fly and not
+//     decode_once_above                    tokens from which a panel is decoded once, to scratch
+//     Bytes, Sums                          registers of bytes and of int32 sums
+//     load(p), broadcast(p)                a register; one lane repeated
+//     shift<n>(v)                          every 16 bits right by n (left by -n)
+//     low4(v), low2(v, w)                  v & 15; bits 0-1 of v and the others of w
+//     lookup(table, index)                 per lane, index < 16
+//     dot(sum, u, s)                       sum += u8 * s8, over groups of four bytes
+//     reduce(sums[4], out)                 the sums of each lane, out[4 * lane + register]
+//
+// All sums of products are integers, and the float operations that follow come in one order without contraction
+// (-ffp-contract=off): the result of a token does not depend on the instruction set, on the threads, or on the other
+// tokens of the batch.
+//
+// Everything here has internal linkage or is always inlined, and nothing inline of the standard library is called: of an
+// inline function that several sources share the linker keeps one copy, perhaps with instructions this processor lacks.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "isa.h"
+
+namespace codequant {
+namespace {
+
+template <class F, int... I>
+ALWAYS_INLINE inline void repeat_each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0), ..., f(N - 1) with constants, so that arrays of registers stay in registers.
+template <int N, class F>
+ALWAYS_INLINE inline void repeat(F f) {
+  repeat_each(f, std::make_integer_sequence<int, N>{});
+}
+
+constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
+constexpr int64_t kPrefetch = 4096;       // bytes ahead; beyond what the hardware fetches across a page by itself
+
+// Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
+// cache and no int32 overflows: 2048 * 255 * 127 < 2**26, and 128 * row_sum < 2**30 for groups of 2**16 columns.
+struct Segment {
+  const uint8_t* header;
+  const uint8_t* data;
+  int64_t chunks;
+  int64_t column;      // of the first level
+  bool first_of_group, first_of_panel;
+};
+
+// Adds one segment's sums of V::lanes * 4 rows, from row `row` on, to a token's output.
+template <class V>
+ALWAYS_INLINE inline void finish(const Segment& segment, const Token& token, const typename V::Sums (&sums)[4], int row,
+                                 float* out) {
+  constexpr int rows = 4 * V::lanes;
+  int32_t dot[rows], row_sum[rows];
+  float step[rows];
+  V::reduce(sums, dot);
+  std::memcpy(step, segment.header + kTable + row * 4, sizeof step);
+  std::memcpy(row_sum, segment.header + kTable + kRows * 4 + row * 4, sizeof row_sum);
+  const int32_t zero = segment.first_of_group ? token.zero : 0;
+  const float middle = segment.first_of_group ? token.middle : 0.0f;  // NaN only where step is
+  for (int i = 0; i < rows; ++i) {
+    const float scaled = token.step * static_cast<float>(dot[i] - zero * row_sum[i]);
+    const float value = step[i] * (scaled + middle * static_cast<float>(row_sum[i]));
+    out[row + i] = segment.first_of_panel ? value : out[row + i] + value;
+  }
+}
+
+// The indices of step s of register g, from the low (and for 3 bits high) bytes of a chunk. Only bits 0-3 count; where
+// a codebook has fewer than 16 entries the upper ones of these are arbitrary, as the table repeats.
+template <class V, int bits, int s, int g>
+ALWAYS_INLINE inline typename V::Bytes index(typename V::Bytes low, typename V::Bytes high) {
+  if constexpr (bits == 4) return V::low4(V::template shift<4 * s>(low));
+  if constexpr (bits == 2) return V::low4(V::template shift<2 * s>(low));
+  if constexpr (bits == 3) {
+    constexpr int bit = g % 2 * 4 + s;
+    return V::low4(V::low2(V::template shift<2 * s>(low), V::template shift<bit - 2>(high)));
+  }
+}
+
+// One chunk's registers: visit(s, weights[4]) for every step s in order. `data` points at the first lane to load.
+template <class V, int bits, class F>
+ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], const uint8_t* data, F visit) {
+  typename V::Bytes low[4], high[2] = {};
+  repeat<4>([&](auto g) ALWAYS_INLINE { low[g] = V::load(data + g * kRegister); });
+  if constexpr (bits == 3) {
+    repeat<2>([&](auto i) ALWAYS_INLINE { high[i] = V::load(data + (4 + i) * kRegister); });
+  }
+  repeat<(bits == 4 ? 2 : 4)>([&](auto s) ALWAYS_INLINE {
+    typename V::Bytes weights[4];
+    repeat<4>([&](auto g) ALWAYS_INLINE {
+      weights[g] = V::lookup(table[g], index<V, bits, s, g>(low[g], high[g / 2]));
+    });
+    visit(s, weights);
+  });
+}
+
+template <int bits>
+ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
+  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += 64) __builtin_prefetch(data + kPrefetch + i);
+}
+
+template <class V>
+ALWAYS_INLINE inline void load_tables(const uint8_t* header, typename V::Bytes (&table)[4]) {
+  repeat<4>([&](auto g) ALWAYS_INLINE { table[g] = V::load(header + g * kRegister); });
+}
+
+template <class V, int N>
+ALWAYS_INLINE inline void accumulate(typename V::Sums (&sums)[N][4], const typename V::Bytes (&weights)[4],
+                                     const uint8_t* const (&level)[N], int64_t column) {
+  repeat<N>([&](auto n) ALWAYS_INLINE {
+    const typename V::Bytes x = V::broadcast(level[n] + column);
+    repeat<4>([&](auto g) ALWAYS_INLINE { sums[n][g] = V::dot(sums[n][g], x, weights[g]); });
+  });
+}
+
+// N tokens times one segment, looking the weights up on the way.
+template <class V, int bits, int N>
+void direct(const Segment& segment, const Token* tokens, float (*out)[kRows]) {
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
+  const uint8_t* level[N];
+  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[n].level + segment.column; });
+  for (int part = 0; part < 4 / V::lanes; ++part) {  // a register holds V::lanes of the four lanes
+    const int64_t offset = part * V::lanes * kStep;
+    typename V::Bytes table[4];
+    load_tables<V>(segment.header + offset, table);
+    typename V::Sums sums[N][4] = {};
+    const uint8_t* data = segment.data + offset;
+    for (int64_t column = 0; column < segment.chunks * chunk; column += chunk, data += chunk_bytes) {
+      prefetch_chunk<bits>(data);
+      decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
+        accumulate<V, N>(sums, weights, level, column + s * kStep);
+      });
+    }
+    repeat<N>([&](auto n) ALWAYS_INLINE { finish<V>(segment, tokens[n], sums[n], part * V::lanes * 4, out[n]); });
+  }
+}
+
+// Looks a segment up into scratch: kTable bytes per step, in the order of the tables.
+template <class V, int bits>
+void decode(const Segment& segment, uint8_t* scratch) {
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
+  for (int part = 0; part < 4 / V::lanes; ++part) {
+    const int64_t offset = part * V::lanes * kStep;
+    typename V::Bytes table[4];
+    load_tables<V>(segment.header + offset, table);
+    const uint8_t* data = segment.data + offset;
+    uint8_t* decoded = scratch + offset;
+    for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
+      prefetch_chunk<bits>(data);
+      decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
+        repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
+      });
+    }
+  }
+}
+
+// N tokens times one decoded segment.
+template <class V, int N>
+void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, const Token* tokens, float (*out)[kRows]) {
+  const uint8_t* level[N];
+  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[n].level + segment.column; });
+  for (int part = 0; part < 4 / V::lanes; ++part) {
+    typename V::Sums sums[N][4] = {};
+    const uint8_t* data = scratch + part * V::lanes * kStep;
+    for (int64_t column = 0; column < columns; column += kStep, data += kTable) {
+      typename V::Bytes weights[4];
+      repeat<4>([&](auto g) ALWAYS_INLINE { weights[g] = V::load(data + g * kRegister); });
+      accumulate<V, N>(sums, weights, level, column);
+    }
+    repeat<N>([&](auto n) ALWAYS_INLINE { finish<V>(segment, tokens[n], sums[n], part * V::lanes * 4, out[n]); });
+  }
+}
+
+// f(integral_constant n) for a run-time 1 <= n <= N.
+template <int N, class F>
+inline void with_constant(int64_t n, F f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, f);
+  }
+  f(std::integral_constant<int, N>{});
+}
+
+// f(first, constant count) over even blocks of at most N tokens.
+template <int N, class F>
+inline void blocks(int64_t count, F f) {
+  for (int64_t first = 0, left = ceil_div(count, N); left > 0; --left) {
+    const int64_t n = ceil_div(count - first, left);
+    with_constant<N>(n, [&](auto constant) { f(first, constant); });
+    first += n;
+  }
+}
+
+template <class V, int bits>
+void product_bits(const Matrices& m, const uint8_t* panel, const Token* tokens, int64_t count, float (*out)[kRows],
+                  uint8_t* scratch) {
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, segment_chunks = kSegment / chunk;
+  for (int64_t group = 0; group < m.groups; ++group) {
+    const uint8_t* header = panel + group * m.group_bytes();
+    for (int64_t c = 0; c < m.chunks(); c += segment_chunks) {
+      const int64_t left = m.chunks() - c;
+      const Segment segment{header,
+                            header + kHeader + c * m.chunk_bytes(),
+                            left < segment_chunks ? left : segment_chunks,
+                            group * m.padded_columns() + c * chunk,
+                            c == 0,
+                            group == 0 && c == 0};
+      if (count > V::decode_once_above) {
+        decode<V, bits>(segment, scratch);
+        blocks<V::dense_tokens>(count, [&](int64_t first, auto n) {
+          dense<V, n>(segment, scratch, segment.chunks * chunk, tokens + first, out + first);
+        });
+      } else {
+        blocks<V::direct_tokens>(
+            count, [&](int64_t first, auto n) { direct<V, bits, n>(segment, tokens + first, out + first); });
+      }
+    }
+  }
+}
+
+template <class V>
+void product(const Matrices& m, const uint8_t* panel, const Token* tokens, int64_t count, float (*out)[kRows],
+             uint8_t* scratch) {
+  if (m.bits == 4) return product_bits<V, 4>(m, panel, tokens, count, out, scratch);
+  if (m.bits == 3) return product_bits<V, 3>(m, panel, tokens, count, out, scratch);
+  product_bits<V, 2>(m, panel, tokens, count, out, scratch);
+}
+
+// Plain loops from here on: the compiler vectorizes them for the instruction set of the source that includes this.
+
+inline float smaller(float a, float b) { return a < b ? a : b; }
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+struct Range {
+  float lo, hi;
+  bool finite;
+};
+
+inline Range range(const float* x, int64_t count) {
+  constexpr int64_t width = 32;  // independent minima, for the compiler may not reorder a single chain
+  float lo[width], hi[width], zero[width];
+  for (int64_t j = 0; j < width; ++j) lo[j] = hi[j] = x[0], zero[j] = x[0] * 0.0f;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float v = x[i + j];
+      lo[j] = smaller(v, lo[j]);
+      hi[j] = larger(v, hi[j]);
+      zero[j] += v * 0.0f;  // NaN from the first value on that is not finite
+    }
+  }
+  for (; i < count; ++i) {
+    lo[0] = smaller(x[i], lo[0]);
+    hi[0] = larger(x[i], hi[0]);
+    zero[0] += x[i] * 0.0f;
+  }
+  for (int64_t j = 1; j < width; ++j) {
+    lo[0] = smaller(lo[j], lo[0]);
+    hi[0] = larger(hi[j], hi[0]);
+    zero[0] += zero[j];
+  }
+  return {lo[0], hi[0], zero[0] == 0.0f};
+}
+
+template <int P>
+void quantize_row(const float* x, int64_t count, float lo, float inverse, float top, uint8_t* level, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float rounded = __builtin_rintf((x[i] - lo) * inverse);                        // half to even
+    const int32_t v = static_cast<int32_t>(smaller(larger(rounded, 0.0f), top));  // NaN (0 * inf) becomes 0
+    for (int p = 0; p < P; ++p) level[p * stride + i] = static_cast<uint8_t>(v >> (8 * (P - 1 - p)));
+  }
+}
+
+void quantize(const Matrices& m, const float* x, int64_t bits, float clip, uint8_t* level, Token* tokens) {
+  const int count = planes(bits);
+  const float top = static_cast<float>((1 << (count > 1 ? 24 : bits)) - 1);
+  const Range r = range(x, m.columns);
+  const float nan = __builtin_nanf("");
+  if (count > 1) clip = 1.0f;  // "not quantized" is not clipped either
+  const float lo = r.finite ? r.lo * clip : nan, hi = r.finite ? r.hi * clip : nan;
+  const float width = hi - lo;
+  const float inverse = width > 0.0f ? 1.0f / width * top : 0.0f;
+  const int64_t stride = m.level_bytes(), columns = m.group_columns(), padded = m.padded_columns();
+  if (padded != columns) std::memset(level, 0, static_cast<size_t>(count * stride));
+  for (int64_t group = 0; group < m.groups; ++group) {
+    (count > 1 ? quantize_row<kMaxPlanes> : quantize_row<1>)(x + group * columns, columns, lo, inverse, top,
+                                                             level + group * padded, stride);
+  }
+  float step = width / top;
+  const int32_t zero = 1 << (count > 1 ? 7 : bits - 1);
+  const float middle = lo + step * ((top + 1.0f) / 2.0f);
+  for (int p = count - 1; p >= 0; --p, step *= 256.0f) {
+    tokens[p] = p == 0 ? Token{level, step, middle, zero} : Token{level + p * stride, step, 0.0f, 0};
+  }
+}
+
+// e**x to 2 units in the last place, without a branch or a call: 2**n * e**f with |f| <= ln(2) / 2 and Taylor's series.
+inline float exponential(float x) {
+  x = smaller(larger(x, -87.0f), 88.0f);  // also maps NaN to a number; the callers keep it by another factor
+  const float n = __builtin_rintf(x * 1.44269504f);
+  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in 9 bits
+  float p = 1.0f / 5040;
+  p = p * f + 1.0f / 720;
+  p = p * f + 1.0f / 120;
+  p = p * f + 1.0f / 24;
+  p = p * f + 1.0f / 6;
+  p = p * f + 0.5f;
+  p = p * f * f + f + 1.0f;
+  const int32_t exponent = (static_cast<int32_t>(n) + 127) * (1 << 23);
+  float power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+template <class F>
+inline void apply(float* gate, const float* up, int64_t count, F f) {
+  if (up == nullptr) {
+    for (int64_t i = 0; i < count; ++i) gate[i] = f(gate[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) gate[i] = f(gate[i]) * up[i];
+  }
+}
+
+void activate(Activation activation, float* gate, const float* up, int64_t count) {
+  switch (activation) {
+    case Activation::silu:
+      return apply(gate, up, count, [](float x) { return x / (1.0f + exponential(-x)); });
+    case Activation::gelu:
+      return apply(gate, up, count, [](float x) { return x * 0.5f * (1.0f + __builtin_erff(x * 0.70710678f)); });
+    case Activation::gelu_tanh:  // 0.5 * (1 + tanh(z)) = 1 / (1 + e**(-2 z))
+      return apply(gate, up, count, [](float x) {
+        return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+      });
+    case Activation::relu:
+      return apply(gate, up, count, [](float x) { return x > 0.0f || x != x ? x : 0.0f; });
+  }
+}
+
+template <class V>
+constexpr Isa make_isa(const char* name, bool (*supported)()) {
+  return {name, supported, quantize, product<V>, activate};
+}
+
+}  // namespace
+}  // namespace codequant
