@@ -228,7 +228,7 @@ def q8_0(weight: PackedWeight) -> Tensor:
 
 
 def halves_to_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads * D, ...] of q or k: channels i and i + D/2, which transformers rotates together, become neighbours."""
+    """Rows [heads * D, ...] of q or k: channels i and i + D/2, rotated together by transformers, become neighbours."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

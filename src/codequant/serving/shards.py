@@ -1,6 +1,6 @@
 """One rank's piece of a quantized matrix under tensor parallelism, cut from the tensors of the format."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from codequant.packing import pack_indices, unpack_indices
 from codequant.quantization_config import Scheme
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """One of `count` equal pieces of a dimension."""
 
     index: int = 0
@@ -24,7 +25,13 @@ WHOLE = Piece()
 
 
 def cut(
-    suffix: str, tensor: Tensor, scheme: Scheme, in_features: int, bits: int, rows: Piece = WHOLE, columns: Piece = WHOLE
+    suffix: str,
+    tensor: Tensor,
+    scheme: Scheme,
+    in_features: int,
+    bits: int,
+    rows: Piece = WHOLE,
+    columns: Piece = WHOLE,
 ) -> Tensor:
     """A piece of `X.weight_<suffix>` (see `packing`), for a module that stores `bits` >= scheme.bits per index.
 

@@ -6,8 +6,8 @@ them: more memory, slower, and the result to compare others with.
 
 A checkpoint tensor reaches a layer through the `weight_loader` of one of its parameters. The loaders here know the
 checkpoint's own names, which vLLM merges (`q_proj`, `k_proj`, `v_proj` -> `qkv_proj`), so the patterns of config.json
-mean the same as everywhere. Under tensor parallelism a row-parallel layer quantizes its own piece of the input, with the
-range of that piece: finer than the whole row, so results differ a little from one rank to several.
+mean the same as everywhere. Under tensor parallelism a row-parallel layer quantizes its own piece of the input, with
+the range of that piece: finer than the whole row, so results differ a little from one rank to several.
 
 Letters: T tokens, E experts on this rank, M intermediate channels on this rank, O output and I input channels.
 """
@@ -88,7 +88,9 @@ class CodequantConfig(VllmQuantizationConfig):
         """Check the folder before any layer is built: vLLM leaves a missing tensor of a quantized model as it is."""
         folder = Path(model_name)
         if not folder.is_dir():
-            folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
+            folder = Path(
+                snapshot_download(model_name, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"])
+            )
         check_tensors(folder)
         config, _ = read_config(folder)
         model = skeleton(config)
@@ -123,7 +125,7 @@ class CodequantConfig(VllmQuantizationConfig):
             if (scheme is None) != (schemes[0] is None):
                 ignored, quantized = (modules[i], modules[0]) if scheme is None else (modules[0], modules[i])
                 raise InputError(
-                    f"{ignored}: not quantized, which vLLM cannot serve beside {quantized}: it computes both in one layer"
+                    f"{ignored}: not quantized, but vLLM computes it in one layer with {quantized}, which is"
                 )
             first = schemes[split] if split is not None and i >= split else schemes[0]
             if scheme is not None and first is not None and replace(scheme, bits=first.bits) != first:
@@ -200,7 +202,7 @@ class CodequantLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -228,7 +230,7 @@ class CodequantLinearMethod(LinearMethodBase):
         )
         layer.codequant_name = register_for_ops(layer, self.prefix)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         weight = take_matrix(layer, "weight", self.in_features)
         self.kernels = backend(weight.packed.device.type)
         self.prepared = (
@@ -237,7 +239,7 @@ class CodequantLinearMethod(LinearMethodBase):
         # Latent attention asks for the device of its up-projection by one of the names it knows.
         layer.weight_packed = nn.Parameter(weight.packed.new_empty(0), requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.codequant.vllm_linear(x, bias, layer.codequant_name, self.out_features)
         return self.compute(x, bias)
@@ -321,17 +323,14 @@ class CodequantExpertsMethod(FusedMoEMethodBase):
         return None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        gate_up: PackedWeight | Tensor = take_matrix(layer, "w13_weight", self.hidden_size)
-        down: PackedWeight | Tensor = take_matrix(layer, "w2_weight", self.intermediate_size)
-        self.kernels: Any = reference
-        if mode() == "load":
-            gate_up, down = (packing.unpack(weight).to(self.dtype) for weight in (gate_up, down))
-        else:
-            self.kernels = backend(gate_up.packed.device.type)
+        gate_up = take_matrix(layer, "w13_weight", self.hidden_size)
+        down = take_matrix(layer, "w2_weight", self.intermediate_size)
+        dequantizes = mode() == "load"
+        self.kernels: Any = reference if dequantizes else backend(gate_up.packed.device.type)
         self.prepared = self.kernels.prepare_experts(
             ExpertWeights(
-                gate_up,
-                down,
+                packing.unpack(gate_up).to(self.dtype) if dequantizes else gate_up,
+                packing.unpack(down).to(self.dtype) if dequantizes else down,
                 apply_gate=silu_and_mul,
                 input_bits=self.input_scheme.activation_bits,
                 input_clip=self.input_scheme.activation_clip,
