@@ -13,7 +13,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/codequant/native")
-COMMON = ("clustering", "dispatch", "error_feedback", "experts", "module", "portable", "repack", "threads")
+COMMON = (
+    *("bandwidth", "dispatch", "experts", "module", "portable", "repack", "threads"),  # kernels
+    *("clustering", "error_feedback"),  # quantization
+)
 # One source per instruction set, with the flags of that source alone; the best is chosen at run time.
 ISA = {
     "x86_64": {

@@ -12,8 +12,8 @@ from codequant.error_feedback import (
     lookup,
     refit_codebook,
     refit_reference,
+    row_cost,
     sweep_reference,
-    weighted_error,
 )
 from codequant.native import library
 
@@ -44,7 +44,8 @@ def problem(B: int, O: int, I: int, G: int, K: int, seed: int = 0) -> tuple[Tens
 
 
 def cost(target: Tensor, hessian: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
-    return weighted_error(lookup(codebook.double(), indices) - target.double(), hessian.double())
+    error = lookup(codebook.double(), indices) - target
+    return ((error @ hessian.double()) * error).sum((-2, -1))
 
 
 def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int) -> Tensor:
@@ -195,13 +196,25 @@ def test_threads_do_not_change_the_result():
     target, hessian, codebook, _ = problem(2, 300, 70, 2, 16)
 
     def run(threads: int) -> tuple[Tensor, ...]:
-        indices = assign_with_feedback(target, hessian, codebook, threads)
+        indices = assign_with_feedback(target, hessian, codebook, None, threads)
         refitted = refit_codebook(target, hessian, codebook, indices, 1e-4, threads)
-        return indices, refitted, coordinate_descent(target, hessian, refitted, indices, 3, threads)
+        swept = coordinate_descent(target, hessian, refitted, indices, 3, threads)
+        return indices, refitted, swept, row_cost(lookup(refitted, swept) - target, hessian, threads)
 
     one = run(1)
     for threads in (2, 5):
         assert all(torch.equal(a, b) for a, b in zip(one, run(threads)))
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_row_cost(shape, isa, monkeypatch):
+    monkeypatch.setenv("CODEQUANT_ISA", isa)
+    error, hessian, _, _ = problem(*shape)
+    expected = ((error.double() @ hessian.double()) * error).sum(-1)
+    size = ((error.double().abs() @ hessian.double().abs()) * error.abs()).sum(-1)  # sum of the terms' magnitudes
+    assert bool(((row_cost(error, hessian) - expected).abs() <= shape[2] * 2**-24 * size).all())
+    torch.testing.assert_close(row_cost(error, None), error.double().square().sum(-1))
 
 
 def test_damping_is_relative_and_survives_zeros():

@@ -1,6 +1,8 @@
 """Quantized modules compute what a plain model of the dequantized weights and fake-quantized inputs computes."""
 
 import copy
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from codequant import packing
 from codequant.errors import InputError
 from codequant.hadamard import hadamard_transform
 from codequant.kernels import reference
-from codequant.kernels.reference import ExpertWeights, fake_quantize
+from codequant.kernels.reference import fake_quantize
 from codequant.packing import PackedWeight
 from codequant.quantization_config import QuantizationConfig, Scheme
 from codequant.runtime import modules
@@ -143,8 +145,8 @@ def test_experts_of_one_layer_may_have_different_bits(tmp_path):
     assert_same_logits(model, plain)
     model.save_pretrained(tmp_path / "again")
     assert_same_files(tmp_path / "q", tmp_path / "again")
-    packed = model.model.layers[1].mlp.experts.prepared()[0].gate_up.packed
-    assert packed.shape == (5, 48, 24)  # [E, 2M, I / 2]: widened to 4 bits
+    prepared, kernels = model.model.layers[1].mlp.experts.prepared()
+    assert kernels.restore(prepared).gate_up.bits == 4  # one block, as wide as its widest
 
 
 @pytest.mark.parametrize(
@@ -168,22 +170,23 @@ def test_experts_of_one_layer_are_ignored_together(tmp_path):
 
 
 class ScramblingBackend:
-    """A backend whose prepared form is useless as it is, on the reference's results."""
+    """The reference's results from a prepared form that is useless as it is, and that cannot be copied."""
 
-    @staticmethod
-    def prepare_linear(weight):
-        return PackedWeight(~weight.packed, weight.codebook.flip(-1), weight.step.clone(), weight.in_features)
+    def unavailable(self, device_type):
+        return None
 
-    restore_linear = prepare_linear
+    def prepare_linear(self, weight):
+        scrambled = PackedWeight(~weight.packed, weight.codebook.flip(-1), weight.step.clone(), weight.in_features)
+        return scrambled, threading.Lock()
 
     def prepare_experts(self, experts):
-        return copy.copy(experts), self.prepare_linear(experts.gate_up), self.prepare_linear(experts.down)
+        return experts, self.prepare_linear(experts.gate_up), self.prepare_linear(experts.down)
 
     def restore(self, prepared):
-        if isinstance(prepared, PackedWeight):
-            return self.prepare_linear(prepared)
-        fields = {**vars(prepared[0]), "gate_up": self.restore(prepared[1]), "down": self.restore(prepared[2])}
-        return ExpertWeights(**fields)
+        if len(prepared) == 2:
+            return self.prepare_linear(prepared[0])[0]
+        experts, gate_up, down = prepared
+        return replace(experts, gate_up=self.restore(gate_up), down=self.restore(down))
 
     def linear(self, x, prepared, *args):
         return reference.linear(x, self.restore(prepared), *args)
@@ -206,7 +209,9 @@ def test_only_the_prepared_form_is_kept_and_the_format_comes_back(family, tmp_pa
     assert_same_logits(copy.deepcopy(model), plain)
     model.save_pretrained(tmp_path / "again")
     assert_same_files(tmp_path / "q", tmp_path / "again")
+    assert_same_logits(model, plain)
     model.to(torch.bfloat16)  # must not touch the format's float16 steps
+    assert all(list(m.buffers(recurse=False)) for m in held)  # what was prepared may belong to another device
     moved = model.state_dict()
     assert all(torch.equal(before[name], moved[name]) for name in before if name.endswith(packing.SUFFIXES))
     assert moved["model.embed_tokens.weight"].dtype == torch.bfloat16
@@ -323,6 +328,7 @@ def test_linear_of_odd_shape_with_group_and_hadamard(dtype):
     with torch.no_grad():
         found = linear(x)
     assert found.dtype == dtype and found.shape == (2, 3, O)
+    assert torch.equal(linear.weight, packing.unpack(packed).to(dtype))  # some models read it
     expected = fake_quantize(hadamard_transform(x), 8) @ packing.unpack(packed).T + bias.float()
     atol = 4 * I * U * float(expected.abs().max())
     rtol = 0 if dtype == torch.float32 else 2.0**-8  # one rounding of the result

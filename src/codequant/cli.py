@@ -300,6 +300,25 @@ def inspect(folder: Folder, json_file: JsonFile = None) -> None:
     write_json(found.to_dict(), json_file)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="cpu, gpu, clustering, accuracy or scale; then its own options, or --help")
+    ],
+) -> None:
+    """Measure kernels, clustering, accuracy or scaling on this machine."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    from codequant import bench as benchmarks
+
+    known = sorted(m.name for m in iter_modules(benchmarks.__path__) if m.name != "results")
+    if name not in known:
+        raise InputError(f"bench: {name!r}, expected one of {', '.join(known)}")
+    import_module(f"codequant.bench.{name}").main(context.args)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must not exist")] = Path(
@@ -333,10 +352,9 @@ def main() -> None:
     """Entry point: turns what a user can hit into one line and an exit code."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except (InputError, VerificationError, InvarianceError) as error:
         if debug:

@@ -51,10 +51,24 @@ def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.gather(-1, grouped).flatten(-2)
 
 
-def weighted_error(error: Tensor, hessian: Tensor | None) -> Tensor:
-    """float64 [B]: sum over rows of e H e^T, for error [B, O, I] and hessian [B, I, I]; None is the identity."""
-    product = error if hessian is None else error @ hessian
-    return (product.double() * error).sum((-2, -1))
+def row_cost(error: Tensor, hessian: Tensor | None, threads: int | None = None) -> Tensor:
+    """float64 [B, O]: e H e^T for every row e of error [B, O, I]; hessian [B, I, I], None is the identity."""
+    if hessian is None:
+        return error.double().square().sum(-1)
+    if error.is_cuda or library() is None or error.numel() == 0:
+        return ((error @ hessian).double() * error).sum(-1)
+    error, hessian = error.float().contiguous(), hessian.float().contiguous()
+    cost = torch.empty(error.shape[:2], dtype=torch.float64)
+    native = library()
+    assert native is not None
+    native.codequant_row_cost(
+        ctypes.c_void_p(error.data_ptr()),
+        ctypes.c_void_p(hessian.data_ptr()),
+        *map(ctypes.c_int64, error.shape),
+        ctypes.c_int(threads or torch.get_num_threads()),
+        ctypes.c_void_p(cost.data_ptr()),
+    )
+    return cost
 
 
 def feedback_order(hessian: Tensor) -> Tensor:
@@ -78,7 +92,7 @@ def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
 
 
 def assign_with_feedback(
-    target: Tensor, hessian: Tensor, codebook: Tensor, threads: int | None = None, factor: Tensor | None = None
+    target: Tensor, hessian: Tensor, codebook: Tensor, factor: Tensor | None = None, threads: int | None = None
 ) -> Tensor:
     """Indices uint8 [B, O, I] for target [B, O, I], by error feedback in `feedback_order`.
 

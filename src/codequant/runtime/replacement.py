@@ -61,7 +61,8 @@ class UnmergedTensors(WeightConverter):
         return source_key, source_key
 
     def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
-        return self.materialize_tensors()
+        (tensors,) = self.materialize_tensors().values()
+        return {layer_name: tensors}
 
     def reverse_transform(self) -> "UnmergedTensors":
         return UnmergedTensors(self.source_patterns)
@@ -85,42 +86,44 @@ def replace_modules(model: PreTrainedModel, config: QuantizationConfig) -> list[
     def scheme_of(source: Source) -> Scheme | None:
         return config.scheme(source.module) if source.name in quantizable else None
 
-    def store(source: Source, module: str, stem: str, quantized: bool) -> None:
-        if not quantized:
-            names[source.name] = f"{module}.{stem}"
-            return
+    def store_packed(source: Source, stem: str) -> None:
         del names[source.name]
-        names.update({f"{source.name}_{suffix}": f"{module}.{stem}_{suffix}" for suffix in packing.SUFFIXES})
+        names.update({f"{source.name}_{suffix}": f"{stem}_{suffix}" for suffix in packing.SUFFIXES})
+
+    def replace_experts(name: str, module: Any) -> None:
+        owned = {parameter: sources[f"{name}.{parameter}"] for parameter, _ in module.named_parameters(recurse=False)}
+        parts = {
+            parameter: [
+                Part(_stem(s, name), s.module, s.shape, fused=s.index == (), scheme=scheme_of(s)) for s in entries
+            ]
+            for parameter, entries in owned.items()
+        }
+        if all(part.scheme is None for entries in parts.values() for part in entries):
+            return
+        model.set_submodule(name, CodebookExperts(module, parts, module.down_proj.dtype))
+        for source in (s for entries in owned.values() for s in entries):
+            stem = f"{name}.{_stem(source, name)}"
+            if scheme_of(source) is None:
+                names[source.name] = stem
+            else:
+                store_packed(source, stem)
 
     with torch.device("meta"):
         for name, module in list(model.named_modules()):
             if is_experts(module):
-                parts = {
-                    parameter: [
-                        Part(
-                            s.local.removeprefix(f"{name}.").replace(".", "/"),
-                            s.module,
-                            s.shape,
-                            s.index == (),
-                            scheme_of(s),
-                        )
-                        for s in sources[f"{name}.{parameter}"]
-                    ]
-                    for parameter, _ in module.named_parameters(recurse=False)
-                }
-                if all(part.scheme is None for entries in parts.values() for part in entries):
-                    continue
-                model.set_submodule(name, CodebookExperts(module, parts, module.down_proj.dtype))
-                for parameter, entries in parts.items():
-                    for source, part in zip(sources[f"{name}.{parameter}"], entries):
-                        store(source, name, part.stem, part.scheme is not None)
+                replace_experts(name, module)
                 continue
             for source in sources.get(f"{name}.weight", ()):
                 if (scheme := scheme_of(source)) is not None:
                     _replace_matrix(model, name, module, scheme)
-                    store(source, name, "weight", True)
+                    store_packed(source, f"{name}.weight")
     state = model.state_dict()
     return [NameTable(names), UnmergedTensors([name for name in names.values() if name in state])]
+
+
+def _stem(source: Source, experts: str) -> str:
+    """What an experts module calls a tensor: a name without dots, which no pattern of transformers matches."""
+    return source.local.removeprefix(f"{experts}.").replace(".", "/")
 
 
 def _replace_matrix(model: PreTrainedModel, name: str, module: Any, scheme: Scheme) -> None:

@@ -139,7 +139,7 @@ class Context:
         """[N, 2M] gate and up -> [N, M], by the experts module's own rule (activation, clamps)."""
         structure = self.source.structures[layer].experts
         assert structure is not None
-        module = self.source.layers[layer].get_submodule(structure.path)
+        module: Any = self.source.layers[layer].get_submodule(structure.path)
         if not structure.has_gate:
             return module.act_fn
 

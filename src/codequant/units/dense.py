@@ -1,5 +1,6 @@
 """Quantize everything of a layer but its experts, and prove first that rotating the layer changed nothing."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def dense(context: Context, layer: int) -> Result:
         for reader, part in zip(readers, split_rows(quantized, rows)):
             part = pick(part, 0)
             result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", part)
-            student_layer.replace(reader, unpack(part).to(context.device), lambda x, s=scheme: as_read(x, s))
+            student_layer.replace(reader, unpack(part).to(context.device), partial(as_read, scheme=scheme))
             info["errors"][context.module_name(layer, reader)] = float(quantized.error[0])
     if structure.experts is not None:
         scheme = context.experts_scheme(layer, inner=False)

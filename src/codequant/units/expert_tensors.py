@@ -23,8 +23,10 @@ def packed_experts(
     """A run of experts' packed matrices [n, O, ...] by checkpoint name."""
     tensors: dict[str, Tensor] = {}
     for entry, index in places(context, parameter, chosen):
-        parts = (_to_checkpoint(context, layer, parameter, getattr(weight, s))[index] for s in SUFFIXES)
-        tensors |= packed_tensors(entry.name, PackedWeight(*parts, in_features=weight.in_features))
+        packed, codebook, step = (
+            _to_checkpoint(context, layer, parameter, getattr(weight, s))[index] for s in SUFFIXES
+        )
+        tensors |= packed_tensors(entry.name, PackedWeight(packed, codebook, step, weight.in_features))
     return tensors
 
 
@@ -44,8 +46,8 @@ def read_expert(context: Context, layer: int, key: str, parameter: str, expert: 
         if in_features is None:
             part = context.store.read_part(key, entry.name, index).float()
         else:
-            parts = (context.store.read_part(key, f"{entry.name}_{s}", index) for s in SUFFIXES)
-            part = unpack(PackedWeight(*parts, in_features=in_features))
+            packed, codebook, step = (context.store.read_part(key, f"{entry.name}_{s}", index) for s in SUFFIXES)
+            part = unpack(PackedWeight(packed, codebook, step, in_features))
         rows.append(part if index else part[None])
     tensor = torch.cat(rows, dim=1)
     if in_features is None and tensor.ndim == 3 and _flags(context, layer).is_transposed:

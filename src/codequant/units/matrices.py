@@ -1,5 +1,7 @@
 """Quantize folded matrices and name their tensors; read them back as the runtime will."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,8 @@ def pick(weight: PackedWeight, index: int) -> PackedWeight:
 def read_packed(context: Context, key: str, module: str, in_features: int) -> PackedWeight:
     names = [f"{module}.weight_{suffix}" for suffix in SUFFIXES]
     saved = context.store.read(key, *names)
-    return PackedWeight(*(saved[name] for name in names), in_features=in_features)
+    packed, codebook, step = (saved[name] for name in names)
+    return PackedWeight(packed, codebook, step, in_features)
 
 
 def plain_tensors(context: Context, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,5 +99,5 @@ def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
             if (scheme := context.scheme(layer, reader)) is not None:
                 in_features = shapes[f"{reader}.weight"].shape[1]
                 packed = read_packed(context, key, context.module_name(layer, reader), in_features)
-                working.replace(reader, unpack(packed).to(context.device), lambda x, s=scheme: as_read(x, s))
+                working.replace(reader, unpack(packed).to(context.device), partial(as_read, scheme=scheme))
     return working

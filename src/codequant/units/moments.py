@@ -30,13 +30,15 @@ def as_read(x: Tensor, scheme: Scheme | None) -> Tensor:
 
 def accumulate(inputs: Iterable[tuple[Tensor, Tensor]], scheme: Scheme | None) -> Moments:
     """Moments over batches of (student's inputs [N, I], source's inputs [N, I])."""
-    hessian = cross = None
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
     count = 0
     for student, source in inputs:
         a_q = as_read(student, scheme)
         a = hadamard_transform(source) if scheme is not None and scheme.hadamard else source
         h, c = (a_q.T @ a_q).double(), (a.T @ a_q).double()
-        hessian, cross = (h, c) if hessian is None else (hessian.add_(h), cross.add_(c))
+        hessian = h if hessian is None else hessian.add_(h)
+        cross = c if cross is None else cross.add_(c)
         count += len(a_q)
     assert hessian is not None and cross is not None
     return Moments((hessian / count).float(), (cross / count).float())

@@ -1,0 +1,130 @@
+// Random shapes through every entry point, for the sanitizers and for processors that only an emulator has: repacking
+// must round-trip, and each instruction set must give the portable one's bits, on any number of threads. Every buffer
+// is its own allocation of exactly the documented size, so that AddressSanitizer sees the first byte beyond.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+struct Experts {  // as in experts.cpp
+  const codequant::Matrices *gate_up, *down;
+  const float *gate_up_bias, *down_bias;
+  int64_t has_gate, activation, input_bits, down_bits;
+  float input_clip, down_clip;
+};
+
+extern "C" {
+const char* codequant_isa(int64_t index);
+int codequant_use_isa(const char* name);
+int64_t codequant_bytes(const codequant::Matrices* m);
+void codequant_to_panels(const codequant::Matrices* m, uint8_t*, int8_t*, float*, int64_t threads);
+void codequant_from_panels(const codequant::Matrices* m, uint8_t*, int8_t*, float*, int64_t threads);
+int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
+                     const float* bias, int64_t bits, float clip, int64_t threads, float* y);
+int codequant_experts(const Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
+                      const float* weight, int64_t threads, float* y);
+}
+
+namespace {
+
+std::mt19937 engine;
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
+
+std::vector<float> normal(int64_t count) {
+  std::normal_distribution<float> distribution;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& v : values) v = distribution(engine);
+  return values;
+}
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what);
+  std::exit(1);
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+struct Weight {
+  std::vector<uint8_t> packed, panels;
+  std::vector<int8_t> codebook;
+  std::vector<float> step;
+  codequant::Matrices m;
+
+  Weight(int64_t count, int64_t rows, int64_t columns, int64_t groups, int64_t bits)
+      : m{nullptr, count, rows, columns, groups, bits} {
+    const int64_t row_bytes = (columns * bits + 7) / 8;
+    packed.resize(static_cast<size_t>(count * rows * row_bytes));
+    for (size_t i = 0; i < packed.size(); ++i) {
+      const bool last = (static_cast<int64_t>(i) + 1) % row_bytes == 0;
+      const int64_t used = last ? columns * bits - (row_bytes - 1) * 8 : 8;
+      packed[i] = static_cast<uint8_t>(draw(0, (1 << used) - 1));
+    }
+    codebook.resize(static_cast<size_t>(count * rows * groups << bits));
+    for (int8_t& c : codebook) c = static_cast<int8_t>(draw(-127, 127));
+    step = normal(count * rows * groups);
+  }
+
+  void prepare(int64_t threads) {
+    panels.assign(static_cast<size_t>(codequant_bytes(&m)), 0xAA);
+    m.panels = panels.data();
+    codequant_to_panels(&m, packed.data(), codebook.data(), step.data(), threads);
+    std::vector<uint8_t> packed_back(packed.size());
+    std::vector<int8_t> codebook_back(codebook.size());
+    std::vector<float> step_back(step.size());
+    codequant_from_panels(&m, packed_back.data(), codebook_back.data(), step_back.data(), threads);
+    expect(same(packed, packed_back) && same(codebook, codebook_back) && same(step, step_back), "round trip");
+  }
+};
+
+void one_case() {
+  const int64_t bits = draw(2, 4), groups = draw(1, 4), columns = groups * draw(1, draw(0, 9) == 0 ? 3000 : 90);
+  const int64_t count = draw(1, 5), rows = draw(1, 40), middle = draw(1, 40), share = draw(1, 3);
+  const int64_t tokens = draw(1, draw(0, 4) == 0 ? 150 : 15), gate = draw(0, 1), activation = draw(0, 3);
+  const int64_t activation_bits[] = {4, 8, 16};
+  const int64_t input_bits = activation_bits[draw(0, 2)], down_bits = activation_bits[draw(0, 2)];
+  Weight first(count * (1 + gate), middle, columns, groups, bits), second(count, rows, middle, 1, bits);
+  const auto x = normal(tokens * columns), weight = normal(tokens * share);
+  const auto first_bias = normal(first.m.count * middle), second_bias = normal(count * rows);
+  std::vector<int64_t> expert(static_cast<size_t>(tokens * share));
+  for (int64_t& e : expert) e = draw(-1, count);
+  std::vector<float> linear, experts;
+  for (int64_t i = 0; codequant_isa(i) != nullptr; ++i) {
+    expect(codequant_use_isa(codequant_isa(i)) == 0, "a listed instruction set can be chosen");
+    const int64_t threads = draw(1, 3);
+    first.prepare(threads);
+    second.prepare(threads);
+    std::vector<float> y(static_cast<size_t>(tokens * share * middle), -1e30f);
+    codequant_linear(&first.m, x.data(), tokens, share, expert.data(), first_bias.data(), input_bits, 0.9f, threads,
+                     y.data());
+    expect(i == 0 || same(y, linear), "linear has the same bits on every instruction set");
+    linear = y;
+    const Experts e{&first.m, &second.m, first_bias.data(), second_bias.data(), gate, activation, input_bits, down_bits,
+                    1.0f,     0.9f};
+    y.assign(static_cast<size_t>(tokens * rows), -1e30f);
+    codequant_experts(&e, x.data(), tokens, share, expert.data(), weight.data(), threads, y.data());
+    expect(i == 0 || same(y, experts), "experts have the same bits on every instruction set");
+    experts = y;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
+  std::string sets;
+  for (int64_t i = 0; codequant_isa(i) != nullptr; ++i) sets += std::string(" ") + codequant_isa(i);
+  for (int i = 0; i < cases; ++i) {
+    engine.seed(static_cast<unsigned>(i));
+    one_case();
+  }
+  std::printf("%d cases:%s\n", cases, sets.c_str());
+}

@@ -1,0 +1,49 @@
+"""The benchmark checks before it measures, and its rows carry their provenance."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from codequant import native
+from codequant.bench import cpu, results
+from codequant.errors import InputError
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+
+
+def test_rows_reach_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shape", "128x128x4x2", "--tokens", "1,3", "--seconds", "0.01"]
+    for _ in range(2):
+        cpu.main([*arguments, "--json", str(tmp_path / "a.json"), "--results", str(tmp_path / "r" / "a.csv")])
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    names = {row["implementation"] for row in rows}
+    assert {"codequant-a8", "codequant-a16", "torch-bf16", "torch-int4pack", "read"} <= names
+    assert {row["tokens"] for row in rows} == {1, 3}
+    assert all(row["p10_us"] <= row["median_us"] <= row["p90_us"] and row["gb_per_s"] > 0 for row in rows)
+    assert all(row["ratio"] == 1 for row in rows if row["implementation"] == cpu.BASELINE)
+    with (tmp_path / "r" / "a.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * len(rows) and tuple(lines[0]) == results.COLUMNS
+    assert all(line["torch"] == torch.__version__ and line["isa"] in native.instruction_sets() for line in lines)
+    assert "codequant-a8" in capsys.readouterr().out
+
+
+def test_a_wrong_output_is_never_timed() -> None:
+    one = cpu.implementations(cpu.parse_shape("128x128x4x2"), 3)[0]
+    x, index, weights = torch.randn(3, 128).bfloat16(), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+    cpu._check(one, x, index, weights)
+    for factor in (1.1, torch.nan):
+        wrong = replace(one, forward=lambda *a, factor=factor: one.forward(*a) * factor)
+        with pytest.raises(RuntimeError, match="codequant-a8: relative error"):
+            cpu._check(wrong, x, index, weights)
+
+
+def test_shapes() -> None:
+    assert cpu.parse_shape("mixtral").experts == 8
+    assert str(cpu.parse_shape("64x32x4x2")) == "64x32x4x2"
+    with pytest.raises(InputError, match="'64x32x4'"):
+        cpu.parse_shape("64x32x4")
