@@ -124,6 +124,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def demo_a16(demo: Path) -> Path:
+    """The same weights without quantization of activations."""
+    folder = demo.with_name("w4a16")
+    shutil.copytree(demo, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"activation_bits": 16}
+    assert not config["quantization_config"]["overrides"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def run_engine(work: Path, folder: Path, prompts: list[list[int]], mode: str, **options: Any) -> list[dict[str, Any]]:
     request = {
         "folder": str(folder),
@@ -135,18 +147,33 @@ def run_engine(work: Path, folder: Path, prompts: list[list[int]], mode: str, **
     (work / "request.json").write_text(json.dumps(request))
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(work / "request.json")]
     environment = {**os.environ, **ENVIRONMENT, "CODEQUANT_VLLM_MODE": mode}
+    environment.pop("CODEQUANT_BACKEND", None)
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((work / "answer.json").read_text())
 
 
-def worst_difference(model: PreTrainedModel, answers: list[dict[str, Any]]) -> float:
-    """Largest difference between vLLM's log-probabilities of what it read and wrote, and those of the model."""
+def differences(model: PreTrainedModel, answers: list[dict[str, Any]], attention: str = "sdpa") -> torch.Tensor:
+    """[prompts, tokens]: log-probabilities of what vLLM read and wrote, its own minus those of the model."""
     tokens = torch.tensor([answer["tokens"] for answer in answers])
     found = torch.tensor([answer["log_probabilities"] for answer in answers])
+    model.set_attn_implementation(attention)
     with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits.log_softmax(-1)
-    return float((logits.gather(-1, tokens[:, 1:, None]).squeeze(-1) - found).abs().max())
+        expected = model(tokens[:, :-1]).logits.log_softmax(-1)
+    return found - expected.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def check_close(model: PreTrainedModel, answers: list[dict[str, Any]], activation_bits: int) -> None:
+    """With activations in full precision, every log-probability agrees. Rounded ones that lie between two levels may
+    fall either way, and experts that tie may swap, for a last bit of difference: then vLLM is as far from transformers
+    as transformers from itself with another attention kernel."""
+    found = differences(model, answers)
+    if activation_bits == 16:
+        assert found.abs().max() < 1e-3
+        return
+    noise = differences(model, answers, attention="eager") - found
+    assert found.abs().mean() < 2 * noise.abs().mean()
+    assert found.abs().median() < 1e-2
 
 
 def random_prompts(vocab_size: int) -> list[list[int]]:
@@ -156,25 +183,35 @@ def random_prompts(vocab_size: int) -> list[list[int]]:
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CODEQUANT_BACKEND", "reference")
+    monkeypatch.setenv("CODEQUANT_BACKEND", "reference")  # here; the engines choose for themselves
+
+
+def heldout_prompts(tokenizer: Any) -> list[list[int]]:
+    tokens = tokenizer(DEMO_HELDOUT.read_text(encoding="utf-8")[:10_000]).input_ids
+    return [tokens[i * 50 : i * 50 + PROMPT_LENGTH] for i in range(PROMPTS)]
 
 
 @pytest.mark.usefixtures("reference")
-def test_demo_model(demo: Path, tmp_path: Path) -> None:
-    model, tokenizer = codequant.load(demo, dtype=torch.float32)
-    text = tokenizer(DEMO_HELDOUT.read_text(encoding="utf-8")[:20_000]).input_ids
-    prompts = [text[i * 50 : i * 50 + PROMPT_LENGTH] for i in range(PROMPTS)]
-
-    loaded = run_engine(tmp_path, demo, prompts, "load", enforce_eager=True)
-    assert worst_difference(model, loaded) < 1e-3
+def test_demo_model(demo_a16: Path, tmp_path: Path) -> None:
+    model, tokenizer = codequant.load(demo_a16, dtype=torch.float32)
+    prompts = heldout_prompts(tokenizer)
+    loaded = run_engine(tmp_path, demo_a16, prompts, "load", enforce_eager=True)
+    check_close(model, loaded, activation_bits=16)
     # Greedy decoding of the same tokens: at each step the model's best token is the one that vLLM wrote.
     tokens = torch.tensor([answer["tokens"] for answer in loaded])
     with torch.no_grad():
         best = model(tokens[:, :-1]).logits.argmax(-1)
     assert torch.equal(best[:, PROMPT_LENGTH - 1 :], tokens[:, PROMPT_LENGTH:])
 
-    packed = run_engine(tmp_path, demo, prompts, "packed")  # with torch.compile
-    assert worst_difference(model, packed) < 1e-3
+    check_close(model, run_engine(tmp_path, demo_a16, prompts, "packed"), activation_bits=16)  # with torch.compile
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("mode", ["load", "packed"])
+def test_demo_model_with_quantized_activations(demo: Path, tmp_path: Path, mode: str) -> None:
+    model, tokenizer = codequant.load(demo, dtype=torch.float32)
+    answers = run_engine(tmp_path, demo, heldout_prompts(tokenizer), mode, enforce_eager=True)
+    check_close(model, answers, activation_bits=8)
 
 
 MIXED = {"*.experts.1.*": {"bits": 2}, "*.experts.2.*": {"bits": 3}, "*.k_proj": {"bits": 3}}
@@ -184,12 +221,12 @@ CASES = {
     "mixtral, expert parallel": (
         "mixtral",
         Scheme(bits=3, group_size=8, activation_bits=16),
-        {"*.w2": {"group_size": 22, "hadamard": True, "activation_bits": 8}},
+        {"*.w2": {"group_size": 22, "hadamard": True}},
         {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     ),
-    "deepseek_v2": (
+    "deepseek_v2, quantized activations": (
         "deepseek_v2",
-        Scheme(activation_clip=0.95),
+        Scheme(activation_clip=0.9),
         {"*.down_proj": {"hadamard": True, "activation_bits": 4, "activation_clip": 1.0}},
         PYTORCH_ROPE,
     ),
@@ -209,7 +246,7 @@ def test_random_models(tmp_path: Path, case: str) -> None:
     folder = random_folder(tmp_path / "model", family, QuantizationConfig(scheme, IGNORE, overrides))
     answers = run_engine(tmp_path, folder, random_prompts(128), "packed", **options)
     model, _ = codequant.load(folder, dtype=torch.float32)
-    assert worst_difference(model, answers) < 1e-3
+    check_close(model, answers, scheme.activation_bits)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -249,7 +286,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "newer" / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="format: 2, expected 1"):
         plugin_config(tmp_path / "newer")
-    with pytest.raises(VerificationError, match="no such"):
+    with pytest.raises(VerificationError, match="model-00001-of-00002.safetensors: missing"):
         shard = tmp_path / "newer" / "model-00001-of-00002.safetensors"
         shard.unlink()
         (tmp_path / "newer" / "config.json").write_text((folder / "config.json").read_text())

@@ -45,6 +45,11 @@ from codequant.verification import check_tensors, read_config
 
 MODE = "CODEQUANT_VLLM_MODE"
 MODES = ("packed", "load")
+# How vLLM merges layers. A model's own table comes on top; that of Qwen3-MoE reaches us without the second line.
+MERGED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 # vLLM gives routers and the head no quantization method: their tensors would be dropped without a word.
 NEVER_QUANTIZED = ("gate", "shared_expert_gate", "lm_head")
 
@@ -103,7 +108,8 @@ class CodequantConfig(VllmQuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
             parent, _, name = prefix.rpartition(".")
-            modules = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])]
+            parts = (MERGED | self.packed_modules_mapping).get(name, [name])
+            modules = [f"{parent}.{part}" for part in parts]
             schemes = self.schemes(modules)
             return UnquantizedLinearMethod() if schemes is None else CodequantLinearMethod(prefix, modules, schemes)
         if isinstance(layer, RoutedExperts):
