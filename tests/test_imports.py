@@ -50,6 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {*FORMAT, "executor", "units"},
     "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
+    # A finished folder in other engines.
+    **dict.fromkeys(("export", "serving"), {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"}),
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.
 EVERYTHING = {"__init__", "bench", "pipeline", "cli"}
