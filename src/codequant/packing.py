@@ -118,7 +118,9 @@ def round_codebook(centroids: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(step).all()):
         raise ValueError(f"centroids: largest magnitude {float(peak.max()):g}, expected finite values below 8.3e6")
     # Rounding the step down may push the largest entry past 127 by one part in 2048 (far more for subnormal steps).
-    step = torch.where(peak > step.float() * (ENTRY_MAX + 0.5), torch.nextafter(step, step.new_full((), torch.inf)), step)
+    step = torch.where(
+        peak > step.float() * (ENTRY_MAX + 0.5), torch.nextafter(step, step.new_full((), torch.inf)), step
+    )
     divisor = torch.where(step == 0, 1.0, step.float()).unsqueeze(-1)
     entries = torch.where(step.unsqueeze(-1) == 0, 0.0, (centroids.float() / divisor).round())
     return entries.clamp(-ENTRY_MAX, ENTRY_MAX).to(torch.int8), step

@@ -53,7 +53,11 @@ def fake_quantize(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 
 def codebook_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation_bits: int = FULL_PRECISION, clip: float = 1.0
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    activation_bits: int = FULL_PRECISION,
+    clip: float = 1.0,
 ) -> Tensor:
     """y [..., O] = x [..., I] @ W.T + bias, accumulated in float32 (float64 for float64 x) and returned in x's dtype.
 
@@ -114,7 +118,9 @@ def _expert_linear(
 ) -> Tensor:
     row_bias = None if bias is None else bias[expert]
     if isinstance(weight, Tensor):
-        return F.linear(fake_quantize(x, bits, clip), weight[expert].to(x.dtype), None if row_bias is None else row_bias.to(x.dtype))
+        return F.linear(
+            fake_quantize(x, bits, clip), weight[expert].to(x.dtype), None if row_bias is None else row_bias.to(x.dtype)
+        )
     one = PackedWeight(weight.packed[expert], weight.codebook[expert], weight.step[expert], weight.in_features)
     return codebook_linear(x, one, row_bias, bits, clip)
 
@@ -134,7 +140,9 @@ def codebook_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expe
             continue
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         hidden = x[token].to(compute)
-        hidden = _expert_linear(hidden, experts.gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip)
+        hidden = _expert_linear(
+            hidden, experts.gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip
+        )
         hidden = experts.apply_gate(hidden)
         if experts.down_transform is not None:
             hidden = experts.down_transform(hidden)
