@@ -56,13 +56,13 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: Tri
     if isinstance(prepared, ExpertWeights):
         return reference.codebook_experts(x, top_k_index, top_k_weights, prepared)
     up, down, rest = prepared.gate_up, prepared.down, prepared.rest
-    fused = rest.activation is not None and rest.activation in FUSED
+    activation = FUSED.get(rest.activation or "")
     routing = ops.route(top_k_index, len(up.words))
     hidden = ops.expert_up(
         x, top_k_index, routing, up.tensors, up.in_features, rest.gate_up_bias,
-        fused and rest.has_gate, FUSED[rest.activation] if fused else "none", rest.input_bits, rest.input_clip,
+        activation is not None and rest.has_gate, activation or "none", rest.input_bits, rest.input_clip,
     )  # fmt: skip
-    if not fused:
+    if activation is None:
         hidden = rest.apply_gate(hidden)
     if rest.down_transform is not None:
         hidden = rest.down_transform(hidden)

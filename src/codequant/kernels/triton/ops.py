@@ -20,7 +20,8 @@ from codequant.kernels.triton.routing import route as launch_route
 
 
 def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
-    return TritonWeight(*tensors, in_features=in_features, bits=4, stacked=True)
+    words, table, step, row_sum = tensors
+    return TritonWeight(words, table, step, row_sum, in_features, bits=4, stacked=True)
 
 
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())

@@ -1,0 +1,236 @@
+"""`codequant bench gpu`: the experts' feed-forward on a GPU, against bfloat16, in one run.
+
+Every implementation computes the same function (its weights are the codebook weights, dequantized) and is checked
+against the float32 twin first. Times are of CUDA-graph replays; a graph holds several calls with different tokens and
+routings, so that weights come from memory and not from the last call's cache.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
+
+from codequant.bench import triton_bf16
+from codequant.kernels import reference, triton as backend
+from codequant.kernels.reference import ExpertWeights
+from codequant.kernels.triton.dispatch import generation
+from codequant.packing import PackedWeight, unpack
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "qwen3-30b": Shape(2048, 768, 128, 8),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "mixtral": Shape(4096, 14336, 8, 2),
+}
+TOKENS = (1, 8, 32, 128, 1024, 4096)
+MAX_ERROR = 0.02  # relative, of bf16 results against float32
+
+
+@dataclass(frozen=True)
+class Call:
+    x: Tensor  # bf16 [T, I]
+    index: Tensor  # int64 [T, k]
+    weights: Tensor  # float32 [T, k]
+
+
+def random_packed(E: int, O: int, I: int) -> PackedWeight:
+    """Gaussian-like codebooks, uniformly random indices."""
+    packed = torch.randint(0, 256, (E, O, I // 2), dtype=torch.uint8, device="cuda")
+    codebook = (torch.randn(E, O, 1, 16, device="cuda") * 45).round().clamp(-127, 127).to(torch.int8).sort(-1).values
+    step = ((torch.rand(E, O, 1, device="cuda") + 0.5) / 45 / I**0.5).half()
+    return PackedWeight(packed, codebook, step, I)
+
+
+def random_call(shape: Shape, tokens: int) -> Call:
+    index = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=1).indices
+    weights = torch.rand(tokens, shape.top_k, device="cuda")
+    return Call(torch.randn(tokens, shape.hidden, device="cuda").bfloat16(), index, weights / weights.sum(1, keepdim=True))
+
+
+def dequantized(weight: PackedWeight) -> Tensor:
+    """bf16 [E, O, I], one matrix at a time."""
+    out = torch.empty(*weight.packed.shape[:2], weight.in_features, dtype=torch.bfloat16, device="cuda")
+    for e, target in enumerate(out):
+        target.copy_(unpack(PackedWeight(weight.packed[e], weight.codebook[e], weight.step[e], weight.in_features)))
+    return out
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()  # compiles, and creates handles, outside of the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def replay_times(graph: torch.cuda.CUDAGraph, calls: int, seconds: float = 0.1) -> list[float]:
+    """Microseconds per call, one number per replay."""
+    for _ in range(3):
+        graph.replay()
+    times: list[float] = []
+    while len(times) < 10 or (sum(times) * calls < seconds * 1e6 and len(times) < 200):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return times
+
+
+def transformers_experts(shape: Shape, gate_up: Tensor, down: Tensor) -> Callable[[Call], Tensor]:
+    """What transformers runs by default on a GPU."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    module = SimpleNamespace(
+        num_experts=shape.experts, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False,
+        is_transposed=False, is_concatenated=True, _is_expert_parallel=False,
+        _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    )  # fmt: skip
+    return lambda call: grouped_mm_experts_forward(module, call.x, call.index, call.weights.to(call.x.dtype))
+
+
+def grouped_mm_alone(shape: Shape, calls: Sequence[Call], gate_up: Tensor, down: Tensor) -> Callable[[], None]:
+    """Only the two matrix products, on rows that are in expert order already."""
+    prepared = []
+    for call in calls:
+        order = call.index.flatten().argsort(stable=True)
+        ends = torch.bincount(call.index.flatten(), minlength=shape.experts).cumsum(0).int()
+        x = call.x[order // shape.top_k]
+        prepared.append((x, torch.randn(len(x), shape.intermediate, device="cuda").bfloat16(), ends))
+
+    def run() -> None:
+        for x, hidden, ends in prepared:
+            torch._grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
+            torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+
+    return run
+
+
+def measured_ceilings() -> tuple[float, float]:
+    """(bytes/s of a large copy, reads and writes counted; bf16 FLOP/s of a large product) of this GPU."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    copy = statistics.median(replay_times(captured(lambda: b.copy_(a)), 1))
+    m = torch.randn(8192, 8192, device="cuda").bfloat16()
+    product = statistics.median(replay_times(captured(lambda: m @ m), 1))
+    return 2 * a.numel() / copy * 1e6, 2 * 8192**3 / product * 1e6
+
+
+def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
+    """One row per implementation, shape and number of tokens."""
+    rows = []
+    bandwidth, flops = measured_ceilings()
+    for name in shapes:
+        rows += _run_shape(name, SHAPES[name], tokens, bandwidth, flops)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _run_shape(
+    name: str, shape: Shape, tokens: Sequence[int], bandwidth: float, flops: float
+) -> list[dict[str, Any]]:
+    E, M, I = shape.experts, shape.intermediate, shape.hidden
+    experts = ExpertWeights(
+        random_packed(E, 2 * M, I), random_packed(E, I, M), lambda h: F.silu(h[:, :M]) * h[:, M:],
+        input_bits=8, down_bits=8,
+    )  # fmt: skip
+    gate_up, down = dequantized(experts.gate_up), dequantized(experts.down)  # type: ignore[arg-type]
+    a8 = backend.prepare_experts(experts)
+    assert isinstance(a8, backend.TritonExperts)
+    a16 = replace(a8, rest=replace(a8.rest, input_bits=16, down_bits=16))
+    pdl = generation(gate_up.device).pdl
+    rows = []
+    for T in tokens:
+        # Enough different routings to read every expert once where a call reads a few; two at least.
+        calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * E // (T * shape.top_k))))]
+        first = calls[0]
+        exact = reference.codebook_experts(
+            first.x.float(), first.index, first.weights, replace(experts, input_bits=16, down_bits=16)
+        )
+        a8_exact = reference.codebook_experts(first.x.float(), first.index, first.weights, experts)
+
+        results: dict[str, tuple[list[float], float]] = {}
+
+        def measure(label: str, one: Callable[[Call], Tensor], expected: Tensor, calls: list[Call] = calls) -> float:
+            got = one(calls[0]).float()
+            error = float((got - expected).norm() / expected.norm())
+            if not error < MAX_ERROR:
+                raise RuntimeError(f"{label}, {name}, {T} tokens: relative error {error:.3g}, expected < {MAX_ERROR}")
+            times = replay_times(captured(lambda: [one(call) for call in calls]), len(calls))
+            if label not in results or statistics.median(times) < statistics.median(results[label][0]):
+                results[label] = (times, error)
+            return statistics.median(times)
+
+        measure("codequant-a8", lambda c: backend.experts(c.x, c.index, c.weights, a8), a8_exact)
+        measure("codequant-a16", lambda c: backend.experts(c.x, c.index, c.weights, a16), exact)
+        measure("transformers", transformers_experts(shape, gate_up, down), exact)
+        for config in triton_bf16.candidates(T, T * shape.top_k, E):
+            with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
+                measure(
+                    "triton-bf16",
+                    lambda c, config=config: triton_bf16.experts(c.x, c.index, c.weights, gate_up, down, config, pdl),
+                    exact,
+                )
+        alone = replay_times(captured(grouped_mm_alone(shape, calls, gate_up, down)), len(calls))
+        results["torch-grouped_mm"] = (alone, float("nan"))
+
+        hit = statistics.mean(len(c.index.unique()) for c in calls)
+        weights_per_expert = 3 * M * I
+        work = 2 * T * shape.top_k * weights_per_expert
+        best = min(statistics.median(results[k][0]) for k in ("triton-bf16", "transformers", "torch-grouped_mm"))
+        for label, (times, error) in results.items():
+            times = sorted(times)
+            median = statistics.median(times)
+            bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
+            rows.append({
+                "benchmark": "gpu", "implementation": label, "shape": name, "tokens": T, "threads": "",
+                "median_us": median, "p10_us": times[len(times) // 10], "p90_us": times[len(times) * 9 // 10],
+                "gb_per_s": bytes_read / median / 1e3, "bandwidth_share": bytes_read / median * 1e6 / bandwidth,
+                "compute_share": work / median * 1e6 / flops,
+                "ratio_to": "best bf16", "ratio": best / median, "relative_error": error,
+                "device": torch.cuda.get_device_name(), "isa": "sm{}{}".format(*torch.cuda.get_device_capability()),
+                "torch": torch.__version__,
+            })  # fmt: skip
+            print(
+                f"{name:17} T={T:<5} {label:17} {median:9.1f} us  {rows[-1]['gb_per_s']:7.0f} GB/s "
+                f"{best / median:5.2f}x best bf16",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = run(arguments.shape, arguments.tokens)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
