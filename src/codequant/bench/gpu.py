@@ -41,7 +41,7 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
 }
 TOKENS = (1, 8, 32, 128, 1024, 4096)
-MAX_ERROR = 0.02  # relative, of bf16 results against float32
+MAX_ERROR = 0.01  # relative, of bf16 results against float32
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,12 @@ def _run_shape(
         # Enough different routings to read every expert once where a call reads a few; two at least.
         calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * E // (T * shape.top_k))))]
         first = calls[0]
+        # The twin with the kernels' bf16 intermediate: else 8-bit levels near ties dominate the comparison.
+        twin = replace(experts, down_transform=lambda h: h.bfloat16().float())
+        a8_exact = reference.codebook_experts(first.x.float(), first.index, first.weights, twin)
         exact = reference.codebook_experts(
-            first.x.float(), first.index, first.weights, replace(experts, input_bits=16, down_bits=16)
+            first.x.float(), first.index, first.weights, replace(twin, input_bits=16, down_bits=16)
         )
-        a8_exact = reference.codebook_experts(first.x.float(), first.index, first.weights, experts)
 
         results: dict[str, tuple[list[float], float]] = {}
 

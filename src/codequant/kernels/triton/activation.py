@@ -110,5 +110,6 @@ def quantize(x: Tensor, groups: int, bits: int, clip: float, pdl: bool) -> tuple
     _quantize[(R,)](
         x, high, low, scale, zero, clip, I, S, P, groups * P, BLOCK, bits, PDL=pdl,
         num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
     return high, low, scale, zero

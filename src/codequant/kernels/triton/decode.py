@@ -1,9 +1,8 @@
-"""Few tokens: each program multiplies a block of weight rows with one token, on dp4a, straight from the raw input.
+"""Few tokens: each program multiplies a block of weight rows with one token, on dp4a, without any routing pass.
 
-At a batch of one or two the time is the weights' way from memory plus kernel launches, so nothing else gets a launch:
-every program quantizes the (L2-resident) input row for itself, the expert comes from the routing indices directly, the
-gate, its activation and `up` share a program, and `down` sums a token's experts in registers. A feed-forward is two
-launches. With programmatic dependent launch (PDL) `down` fetches its first weights while `gate_up` drains.
+At a batch of one or two the time is the weights' way from memory plus launches: the expert comes straight from the
+routing indices, the gate, its activation and `up` share a program, and `down` sums a token's experts in registers. With
+programmatic dependent launch (PDL) a program asks for its first weights before the activations it needs are finished.
 """
 
 import torch
@@ -11,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codequant.kernels.triton.activation import affine_level, affine_range, fixed_point_step, round_half_even
 from codequant.kernels.triton.dispatch import DecodeConfig
 from codequant.kernels.triton.epilogue import activate
-from codequant.kernels.triton.layout import ENTRIES, TritonWeight, padded_group
+from codequant.kernels.triton.layout import TritonWeight, padded_group
 from codequant.kernels.triton.ptx import dp4a, lookup_words
-
-
-@triton.jit
-def _pack_bytes(q):
-    """int32 [..., 4] in -128..127 -> int32 [...], byte j from q[..., j]."""
-    shift = tl.arange(0, 4) * 8
-    return tl.sum((q & 255) << shift[None, None, :], axis=2)
 
 
 @triton.jit
@@ -57,7 +48,10 @@ def _accumulate(
 
 @triton.jit
 def _decode(
-    x,
+    x_high,
+    x_low,
+    x_scale,
+    x_zero,
     expert,
     pair_weight,
     words,
@@ -66,38 +60,30 @@ def _decode(
     row_sum,
     bias,
     out,
-    clip,
     N,
     E,
     TOP_K: tl.constexpr,
-    I: tl.constexpr,
     G: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
+    WORDS_PER_GROUP: tl.constexpr,
     ROUTED: tl.constexpr,
     REDUCE: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
     SLOTS: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
-    BX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (blocks of BN rows, outputs). Without REDUCE output q is pair q, of token q // TOP_K; with it output q is
-    token q and sums its TOP_K pairs, which sit side by side in SLOTS, a power of two.
+    """Grid (blocks of BN rows, outputs); x planes int32 [rows, 2 * WORDS], four activations each.
 
-    GATED: rows N..2N hold `up`, rows 0..N the gate, and the output is activation(gate) * up.
+    Without REDUCE output q is pair q, of token q // TOP_K; with it output q is token q and sums its TOP_K pairs, which
+    sit side by side in SLOTS, a power of two. GATED: rows N..2N hold `up`, rows 0..N the gate, and the output is
+    activation(gate) * up.
     """
-    WORDS: tl.constexpr = G * P // 8
+    WORDS: tl.constexpr = G * WORDS_PER_GROUP
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
-    EARLY: tl.constexpr = REDUCE or not ROUTED  # experts and weights are older than the kernel before this one
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.program_id(1)
     slot = tl.arange(0, SLOTS)
@@ -109,7 +95,7 @@ def _decode(
         live = slot < 1
         pair = q + slot
         x_row = pair // TOP_K
-    if ROUTED:
+    if ROUTED:  # older than the kernel before this one, which waited for it
         e = tl.load(expert + pair, mask=live, other=E)
         live = live & (e >= 0) & (e < E)
         e = tl.where(live, e, 0).to(tl.int64)
@@ -122,40 +108,20 @@ def _decode(
         row = e[:, None] * N + n_safe[None, :]
     weight = words + row[:, :, None] * WORDS
     c = tl.arange(0, BW)
-    mask = live[:, None, None] & (c < WORDS)[None, None, :]
-    gate_next = tl.load(weight + c[None, None, :], mask=mask, other=0)
+    ahead = live[:, None, None] & (c < WORDS)[None, None, :]
+    gate_next = tl.load(weight + c[None, None, :], mask=ahead, other=0)
     if GATED:
-        up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=mask, other=0)
-    if PDL and EARLY:
+        up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-    # The range of each input row.
-    x_base = x + x_row.to(tl.int64) * I
-    cx = tl.arange(0, BX)
-    lo = tl.full([SLOTS, BX], float("inf"), tl.float32)
-    hi = tl.full([SLOTS, BX], float("-inf"), tl.float32)
-    for start in tl.static_range(0, I, BX):
-        valid = live[:, None] & (start + cx < I)[None, :]
-        value = tl.load(x_base[:, None] + start + cx[None, :], mask=valid, other=0.0).to(tl.float32)
-        lo = tl.minimum(lo, tl.where(valid, value, float("inf")))
-        hi = tl.maximum(hi, tl.where(valid, value, float("-inf")))
-    row_lo = tl.where(live, tl.min(lo, 1), 0.0)
-    row_hi = tl.where(live, tl.max(hi, 1), 0.0)
-    if BITS == 16:
-        scale, inverse = fixed_point_step(tl.maximum(row_hi, -row_lo))
-        zero = tl.zeros([SLOTS], tl.float32)
-    else:
-        LEVELS: tl.constexpr = 2**BITS - 1
-        SHIFT: tl.constexpr = 2 ** (BITS - 1)
-        row_lo, scale, inverse = affine_range(row_lo, row_hi, clip, LEVELS)
-        zero = row_lo + SHIFT * scale
 
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
     gate = tl.zeros([SLOTS, BN, BW], DTYPE)
     up = tl.zeros([SLOTS, BN, BW], DTYPE)
     gate_low = tl.zeros([SLOTS, BN, BW], DTYPE)
     up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
+    x_base = x_row.to(tl.int64) * (2 * WORDS)
     for i in tl.static_range(CHUNKS):
         word = i * BW + c
         mask = live[:, None, None] & (word < WORDS)[None, None, :]
@@ -168,47 +134,33 @@ def _decode(
             if GATED:
                 up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
 
-        # Columns of the word's first and second half, [BW, 4].
-        offset = (word % (P // 8) * 4)[:, None] + tl.arange(0, 4)[None, :]
-        column = (word // (P // 8) * S)[:, None] + offset
-        in_row = (word < WORDS)[:, None]
-        first_ok = live[:, None, None] & (in_row & (offset < S))[None, :, :]
-        second_ok = live[:, None, None] & (in_row & (offset + P // 2 < S))[None, :, :]
-        first = tl.load(x_base[:, None, None] + column[None, :, :], mask=first_ok, other=0.0).to(tl.float32)
-        second = tl.load(x_base[:, None, None] + (column + P // 2)[None, :, :], mask=second_ok, other=0.0).to(
-            tl.float32
-        )
-        if BITS == 16:
-            a = round_half_even(first * inverse[:, None, None]).to(tl.int32)
-            b = round_half_even(second * inverse[:, None, None]).to(tl.int32)
-            a_high = (a + 128) >> 8
-            b_high = (b + 128) >> 8
-            first_low = _pack_bytes(a)  # the low byte of a is that of a - 256 * a_high
-            second_low = _pack_bytes(b)
-            first_high = _pack_bytes(a_high)
-            second_high = _pack_bytes(b_high)
-        else:
-            a = affine_level(first, row_lo[:, None, None], inverse[:, None, None], LEVELS) - SHIFT
-            b = affine_level(second, row_lo[:, None, None], inverse[:, None, None], LEVELS) - SHIFT
-            first_high = _pack_bytes(tl.where(first_ok, a, 0.0).to(tl.int32))
-            second_high = _pack_bytes(tl.where(second_ok, b, 0.0).to(tl.int32))
-
-        gate = _accumulate(gate, gate_words, first_high, second_high, table, step, row, word, mask, G, P // 8)
-        if BITS == 16:
-            gate_low = _accumulate(gate_low, gate_words, first_low, second_low, table, step, row, word, mask, G, P // 8)
+        x_word = word + word // WORDS_PER_GROUP * WORDS_PER_GROUP  # a group's second half follows its first
+        x_at = x_base[:, None] + x_word[None, :]
+        x_mask = live[:, None] & (word < WORDS)[None, :]
+        first = tl.load(x_high + x_at, mask=x_mask, other=0)
+        second = tl.load(x_high + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
+        gate = _accumulate(gate, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP)
         if GATED:
-            up = _accumulate(up, up_words, first_high, second_high, table, step, row + N, word, mask, G, P // 8)
-            if BITS == 16:
+            up = _accumulate(up, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP)
+        if PLANES == 2:
+            first = tl.load(x_low + x_at, mask=x_mask, other=0)
+            second = tl.load(x_low + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
+            gate_low = _accumulate(gate_low, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP)
+            if GATED:
                 up_low = _accumulate(
-                    up_low, up_words, first_low, second_low, table, step, row + N, word, mask, G, P // 8
+                    up_low, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP
                 )
 
-    y = _finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, BITS, HAS_BIAS)
+    scale = tl.load(x_scale + x_row, mask=live, other=0.0)
+    zero = tl.load(x_zero + x_row, mask=live, other=0.0)
+    y = _finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS)
     if GATED:
-        y = activate(y, ACTIVATION) * _finish(up, up_low, scale, zero, step, row_sum, bias, row + N, G, BITS, HAS_BIAS)
+        y = activate(y, ACTIVATION) * _finish(
+            up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS
+        )
     else:
         y = activate(y, ACTIVATION)
-    if REDUCE and ROUTED:
+    if REDUCE:
         y = y * tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)  # [BN]
     tl.store(out + q.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
@@ -225,12 +177,12 @@ def _finish(
     bias,
     row,
     G: tl.constexpr,
-    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Accumulators [SLOTS, BN, BW] -> float32 results [SLOTS, BN]."""
     y = tl.sum(high, 2).to(tl.float32)
-    if BITS == 16:
+    if PLANES == 2:
         y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
     if G == 1:
         y = y * tl.load(step + row)
@@ -241,7 +193,7 @@ def _finish(
 
 
 def decode(
-    x: Tensor,
+    x: tuple[Tensor, Tensor, Tensor, Tensor],
     weight: TritonWeight,
     bias: Tensor | None,
     expert: Tensor | None,
@@ -249,29 +201,27 @@ def decode(
     top_k: int,
     gated: bool,
     activation: str,
-    bits: int,
-    clip: float,
+    planes: int,
     out_dtype: torch.dtype,
     config: DecodeConfig,
     pdl: bool,
 ) -> Tensor:
-    """One output row per pair of x [T, I] and expert [T * top_k], or, given pair_weight, x [T * top_k, I] and one
-    output row per token. expert None: a single matrix and top_k = 1."""
+    """x: the result of `quantize`. One output row per pair of x [T, I] and expert [T, top_k] or, given pair_weight,
+    x [T * top_k, I] and one output row per token. expert None: a single matrix and top_k = 1."""
+    high, low, scale, zero = x
     reduce = pair_weight is not None
     E, rows, _ = weight.words.shape
     N = rows // 2 if gated else rows
-    I, G = weight.in_features, weight.groups
-    outputs = len(x) // top_k if reduce else len(x) * top_k
-    out = torch.empty(outputs, N, dtype=out_dtype, device=x.device)
-    words, table, step, row_sum = weight.tensors
-    P = padded_group(I // G)
+    outputs = len(high) // top_k if reduce else len(high) * top_k
+    out = torch.empty(outputs, N, dtype=out_dtype, device=high.device)
+    words_per_group = padded_group(weight.in_features // weight.groups) // 8
     _decode[(triton.cdiv(N, config.rows), outputs)](
-        x, expert if expert is not None else words, pair_weight if reduce else x, words, table, step, row_sum,
-        bias if bias is not None else step, out, clip, N, E,
-        TOP_K=top_k, I=I, G=G, S=I // G, P=P, ROUTED=expert is not None, REDUCE=reduce, GATED=gated,
-        ACTIVATION=activation, HAS_BIAS=bias is not None, BITS=bits,
+        high.view(torch.int32), low.view(torch.int32), scale, zero, expert if expert is not None else scale,
+        pair_weight if reduce else scale, *weight.tensors, bias if bias is not None else scale, out, N, E,
+        TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
+        GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,
-        BW=min(config.words, triton.next_power_of_2(G * P // 8)), BX=min(1024, triton.next_power_of_2(I)), PDL=pdl,
+        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -25,15 +25,15 @@ def _table(table, row):
 
 
 @triton.jit
-def _add_products(acc, w0, w1, x0, x1, scale, G: tl.constexpr):
-    """acc [BN, BM] += w0 x0^T + w1 x1^T: in int32 for one group per row, else scaled by step [BN] in float32."""
+def _add_products(acc, w0, w1, x0, x1, step, G: tl.constexpr):
+    """acc [BN, BM] += w0 x0^T + w1 x1^T: in int32 for one group per row, else times the rows' steps in float32."""
     if G == 1:
         acc = tl.dot(w0, tl.trans(x0), acc, out_dtype=tl.int32)
         acc = tl.dot(w1, tl.trans(x1), acc, out_dtype=tl.int32)
     else:
         dot = tl.dot(w0, tl.trans(x0), tl.zeros(acc.shape, tl.int32), out_dtype=tl.int32)
         dot = tl.dot(w1, tl.trans(x1), dot, out_dtype=tl.int32)
-        acc += dot.to(tl.float32) * scale[:, None]
+        acc += dot.to(tl.float32) * tl.load(step)[:, None]
     return acc
 
 
@@ -135,15 +135,12 @@ def _grouped(
     k = tl.arange(0, BK)
     x_at = x_row.to(tl.int64)[:, None] * (G * P) + k[None, :]
     w_at = packed + row[:, None] * (G * HALF) + k[None, :]
-    x_ok = ok[:, None]
 
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
     gate = tl.zeros([BN, BM], DTYPE)
     up = tl.zeros([BN, BM], DTYPE)
     gate_low = tl.zeros([BN, BM], DTYPE)
     up_low = tl.zeros([BN, BM], DTYPE)
-    s = x_scale  # only read where G > 1
-    su = x_scale
     if G == 1:
         t0, t1, t2, t3 = _table(table, row)
         if GATED:
@@ -152,7 +149,9 @@ def _grouped(
         g = i // PER_GROUP
         byte = (i % PER_GROUP) * BK
         column = g * P + byte
-        if not EVEN:
+        if EVEN:
+            x_ok = ok[:, None]
+        else:
             x_ok = ok[:, None] & (byte + k < HALF)[None, :]
         x0 = tl.load(x_high + x_at + column, mask=x_ok, other=0)
         x1 = tl.load(x_high + x_at + column + HALF, mask=x_ok, other=0)
@@ -170,19 +169,17 @@ def _grouped(
                 wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte, mask=(byte + k < HALF)[None, :], other=0)
         if G > 1:
             t0, t1, t2, t3 = _table(table, row * G + g)
-            s = tl.load(step + row * G + g)
             if GATED:
                 u0, u1, u2, u3 = _table(table, (row + N) * G + g)
-                su = tl.load(step + (row + N) * G + g)
         w0, w1 = lookup_bytes(w, t0, t1, t2, t3)
-        gate = _add_products(gate, w0, w1, x0, x1, s, G)
+        gate = _add_products(gate, w0, w1, x0, x1, step + row * G + g, G)
         if PLANES == 2:
-            gate_low = _add_products(gate_low, w0, w1, l0, l1, s, G)
+            gate_low = _add_products(gate_low, w0, w1, l0, l1, step + row * G + g, G)
         if GATED:
             w0, w1 = lookup_bytes(wu, u0, u1, u2, u3)
-            up = _add_products(up, w0, w1, x0, x1, su, G)
+            up = _add_products(up, w0, w1, x0, x1, step + (row + N) * G + g, G)
             if PLANES == 2:
-                up_low = _add_products(up_low, w0, w1, l0, l1, su, G)
+                up_low = _add_products(up_low, w0, w1, l0, l1, step + (row + N) * G + g, G)
 
     scale = tl.load(x_scale + x_row, mask=ok, other=0.0)
     zero = tl.load(x_zero + x_row, mask=ok, other=0.0)

@@ -32,13 +32,11 @@ def linear(
     w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
     if len(x) == 0:
         return x.new_empty(0, w.out_features)
-    if len(x) <= chip.decode_tokens:
-        return decode(
-            x, w, bias, None, None, 1, False, "none", activation_bits, clip, x.dtype, chip.decode_up, chip.pdl
-        )  # fmt: skip
-    config = chip.pick(len(x))
     q = quantize(x, w.groups, activation_bits, clip, chip.pdl)
     planes = 2 if activation_bits == 16 else 1
+    if len(x) <= chip.decode_tokens:
+        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, chip.pdl)
+    config = chip.pick(len(x))
     return grouped(
         q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.down, config.rows_first,
         chip.pdl,
@@ -82,13 +80,11 @@ def expert_up(
     w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
     expert = expert.contiguous()
     top_k = expert.shape[1]
-    if len(x) <= chip.decode_tokens:
-        return decode(
-            x, w, bias, expert, None, top_k, gated, activation, activation_bits, clip, x.dtype, chip.decode_up, chip.pdl
-        )  # fmt: skip
-    config = chip.pick(expert.numel() / len(w.words))
     q = quantize(x, w.groups, activation_bits, clip, chip.pdl)
     planes = 2 if activation_bits == 16 else 1
+    if len(x) <= chip.decode_tokens:
+        return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, chip.pdl)
+    config = chip.pick(expert.numel() / len(w.words))
     return grouped(
         q, w, bias, Routing(*routing), None, top_k, gated, activation, planes, x.dtype, config.tokens, config.up,
         config.rows_first, chip.pdl,
@@ -117,14 +113,13 @@ def expert_down(
     w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
     expert, pair_weight = expert.contiguous(), pair_weight.contiguous()
     tokens, top_k = expert.shape
-    if tokens <= chip.decode_tokens:
-        return decode(
-            hidden, w, bias, expert, pair_weight, top_k, False, "none", activation_bits, clip, hidden.dtype,
-            chip.decode_down, chip.pdl,
-        )  # fmt: skip
-    config = chip.pick(expert.numel() / len(w.words))
     q = quantize(hidden, w.groups, activation_bits, clip, chip.pdl)
     planes = 2 if activation_bits == 16 else 1
+    if tokens <= chip.decode_tokens:
+        return decode(
+            q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, chip.decode_down, chip.pdl
+        )  # fmt: skip
+    config = chip.pick(expert.numel() / len(w.words))
     y = grouped(
         q, w, bias, Routing(*routing), pair_weight, top_k, False, "none", planes, hidden.dtype, config.tokens,
         config.down, config.rows_first, chip.pdl,
