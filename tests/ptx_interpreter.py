@@ -30,12 +30,17 @@ def _dp4a(a, b, c):
     return ((a * b).sum(-1, dtype=np.int32) + c.view(np.int32)).view(np.uint32)
 
 
+def _dp2a_hi(a, b, c):
+    return c + (a & 0xFFFF) * (b >> 16 & 0xFF) + (a >> 16) * (b >> 24)
+
+
 INSTRUCTIONS = {
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "dp4a.s32.s32": _dp4a,
+    "dp2a.hi.u32.u32": _dp2a_hi,
     "rcp.approx.ftz.f32": lambda a: (np.float32(1) / a.view(np.float32)).view(np.uint32),
 }
 

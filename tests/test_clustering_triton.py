@@ -49,7 +49,9 @@ def check(values: Tensor, weights: Tensor, K: int, device: torch.device) -> None
         w = all_weights[row]
         loss = float((w * error[row] ** 2).sum())
         least = least_loss(values[row], w, K)
-        moment = float((w * (values[row].double() - (w * values[row].double()).sum() / w.sum().clamp_min(1e-30)) ** 2).sum())
+        moment = float(
+            (w * (values[row].double() - (w * values[row].double()).sum() / w.sum().clamp_min(1e-30)) ** 2).sum()
+        )
         # float32 prefix sums: 1e-6 of the second moment; values and centroids themselves are float32.
         assert loss <= least * 1.0001 + 2e-6 * moment + 1e-12 * float((w * values[row].double() ** 2).sum()), row
 

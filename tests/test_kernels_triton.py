@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (L
 from codequant.kernels import triton as backend
 from codequant.kernels.triton import ops, routing
 from codequant.kernels.triton.activation import quantize
-from codequant.kernels.triton.dispatch import generation
+from codequant.kernels.triton.dispatch import decodes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -118,7 +118,7 @@ def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
 
 LINEAR = [  # bits, group size, I, O, T
     (4, -1, 96, 20, 1),
-    (4, -1, 200, 130, 3),
+    (4, -1, 200, 70, 3),
     (4, -1, 1096, 9, 2),
     (4, -1, 704, 65, 17),
     (3, -1, 50, 7, 9),
@@ -211,8 +211,12 @@ def check_experts(
     index_there, weights_there = index.to(device), weights.to(device)
     y = backend.experts(x.to(device), index_there, weights_there, prepared)
     assert y.dtype == dtype
-    in_pair_order = T <= generation(device).decode_tokens
-    order = torch.arange(T * k) if in_pair_order else ops.route(index_there, E)[0].cpu().long()
+    in_pair_order = decodes(T, T * k, E)
+    order = (
+        torch.arange(T * k)
+        if in_pair_order
+        else ops.route(index_there, E, max(experts.input_bits, experts.down_bits))[0].cpu().long()
+    )
     hidden = torch.empty(T * k, experts.down.in_features, dtype=torch.float64)
     hidden[order] = caught[0].double().cpu()
 
@@ -323,7 +327,7 @@ def test_results_do_not_depend_on_the_batch(device: torch.device) -> None:
 # ----------------------------------------------------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (1300, 9, 32), (700, 128, 16), (2000, 3, 128)])
+@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (700, 128, 16), (1300, 3, 128)])
 def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
     expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
     lists = routing.route(expert.to(device), E, block, pdl=False)
@@ -352,15 +356,15 @@ def test_operators_are_registered_correctly(device: torch.device, T: int) -> Non
     up, down = backend.prepare_experts(experts).gate_up, backend.prepare_experts(experts).down
     index, weights = (t.to(device) for t in random_routing(T, 3, 2, torch.Generator().manual_seed(0)))
     x = torch.randn(T, 40, device=device)
-    lists = ops.route(index, 3)
-    hidden = ops.expert_up(x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0)
+    lists = ops.route(index, 3, 8)
+    hidden = ops.expert_up(x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)
     one = backend.prepare_linear(
         PackedWeight(*(getattr(experts.down, n)[0] for n in ("packed", "codebook", "step")), 24)
     )
     checks = [
         (ops.linear, (hidden, one.tensors, 24, None, 8, 1.0)),
-        (ops.expert_up, (x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0)),
-        (ops.expert_down, (hidden, index, weights, lists, down.tensors, 24, experts.down_bias, 8, 1.0)),
+        (ops.expert_up, (x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)),
+        (ops.expert_down, (hidden, index, weights, lists, down.tensors, 24, experts.down_bias, 8, 1.0, 8)),
     ]
     for op, arguments in checks:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

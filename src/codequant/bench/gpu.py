@@ -41,6 +41,8 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
 }
 TOKENS = (1, 8, 32, 128, 1024, 4096)
+LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
+LINEAR_TOKENS = (1, 8, 32)
 MAX_ERROR = 0.01  # relative, of bf16 results against float32
 
 
@@ -62,7 +64,9 @@ def random_packed(E: int, O: int, I: int) -> PackedWeight:
 def random_call(shape: Shape, tokens: int) -> Call:
     index = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=1).indices
     weights = torch.rand(tokens, shape.top_k, device="cuda")
-    return Call(torch.randn(tokens, shape.hidden, device="cuda").bfloat16(), index, weights / weights.sum(1, keepdim=True))
+    return Call(
+        torch.randn(tokens, shape.hidden, device="cuda").bfloat16(), index, weights / weights.sum(1, keepdim=True)
+    )
 
 
 def dequantized(weight: PackedWeight) -> Tensor:
@@ -139,18 +143,67 @@ def measured_ceilings() -> tuple[float, float]:
 
 
 def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
-    """One row per implementation, shape and number of tokens."""
+    """One row per implementation, shape and number of tokens; experts first, then single matrices."""
     rows = []
-    bandwidth, flops = measured_ceilings()
+    ceilings = measured_ceilings()
     for name in shapes:
-        rows += _run_shape(name, SHAPES[name], tokens, bandwidth, flops)
+        rows += _run_experts(name, SHAPES[name], tokens, ceilings)
         torch.cuda.empty_cache()
+    for name, (O, I) in LINEAR.items():
+        rows += _run_linear(name, O, I, ceilings)
     return rows
 
 
-def _run_shape(
-    name: str, shape: Shape, tokens: Sequence[int], bandwidth: float, flops: float
-) -> list[dict[str, Any]]:
+def _row(
+    label: str, shape: str, tokens: int, times: list[float], bytes_read: float, work: float, best: float,
+    error: float, ceilings: tuple[float, float],
+) -> dict[str, Any]:  # fmt: skip
+    times = sorted(times)
+    median = statistics.median(times)
+    bandwidth, flops = ceilings
+    row = {
+        "benchmark": "gpu", "implementation": label, "shape": shape, "tokens": tokens, "threads": "",
+        "median_us": median, "p10_us": times[len(times) // 10], "p90_us": times[len(times) * 9 // 10],
+        "gb_per_s": bytes_read / median / 1e3, "bandwidth_share": bytes_read / median * 1e6 / bandwidth,
+        "compute_share": work / median * 1e6 / flops, "ratio_to": "best bf16", "ratio": best / median,
+        "relative_error": error, "device": torch.cuda.get_device_name(),
+        "isa": "sm{}{}".format(*torch.cuda.get_device_capability()), "torch": torch.__version__,
+    }  # fmt: skip
+    print(
+        f"{shape:17} T={tokens:<5} {label:17} {median:9.1f} us  {row['gb_per_s']:7.0f} GB/s  "
+        f"{best / median:5.2f}x best bf16",
+        flush=True,
+    )
+    return row
+
+
+def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
+    """A single matrix, eight copies in turn; tinygemm's 4-bit product (group size 128) for comparison."""
+    packed = [random_packed(1, O, I) for _ in range(8)]
+    prepared = [backend.prepare_linear(PackedWeight(p.packed[0], p.codebook[0], p.step[0], I)) for p in packed]
+    dense = [dequantized(p)[0] for p in packed]
+    scales = torch.ones(I // 128, O, 2, dtype=torch.bfloat16, device="cuda")
+    tiny = [torch.ops.aten._convert_weight_to_int4pack(p.packed[0], 8) for p in packed]
+    rows = []
+    for T in LINEAR_TOKENS:
+        x = torch.randn(T, I, device="cuda").bfloat16()
+        exact = F.linear(x.float(), unpack(packed[0])[0])
+        functions: dict[str, Callable[[int], Tensor]] = {
+            "codequant-a8": lambda i, x=x: backend.linear(x, prepared[i], None, 8),  # type: ignore[misc]
+            "codequant-a16": lambda i, x=x: backend.linear(x, prepared[i]),  # type: ignore[misc]
+            "torch-bf16": lambda i, x=x: F.linear(x, dense[i]),  # type: ignore[misc]
+            "torch-int4pack": lambda i, x=x: torch.ops.aten._weight_int4pack_mm(x, tiny[i], 128, scales),  # type: ignore[misc]
+        }
+        times = {k: replay_times(captured(lambda f=f: [f(i) for i in range(8)]), 8) for k, f in functions.items()}  # type: ignore[misc]
+        best = statistics.median(times["torch-bf16"])
+        for label, function in functions.items():
+            error = float((function(0).float() - exact).norm() / exact.norm())
+            bytes_read = O * I * (2 if label == "torch-bf16" else 0.5)
+            rows.append(_row(label, name, T, times[label], bytes_read, 2 * T * O * I, best, error, ceilings))
+    return rows
+
+
+def _run_experts(name: str, shape: Shape, tokens: Sequence[int], ceilings: tuple[float, float]) -> list[dict[str, Any]]:
     E, M, I = shape.experts, shape.intermediate, shape.hidden
     experts = ExpertWeights(
         random_packed(E, 2 * M, I), random_packed(E, I, M), lambda h: F.silu(h[:, :M]) * h[:, M:],
@@ -160,7 +213,7 @@ def _run_shape(
     a8 = backend.prepare_experts(experts)
     assert isinstance(a8, backend.TritonExperts)
     a16 = replace(a8, rest=replace(a8.rest, input_bits=16, down_bits=16))
-    pdl = generation(gate_up.device).pdl
+    pdl_rows = generation(gate_up.device).pdl_rows
     rows = []
     for T in tokens:
         # Enough different routings to read every expert once where a call reads a few; two at least.
@@ -192,7 +245,9 @@ def _run_shape(
             with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
                 measure(
                     "triton-bf16",
-                    lambda c, config=config: triton_bf16.experts(c.x, c.index, c.weights, gate_up, down, config, pdl),
+                    lambda c, config=config: triton_bf16.experts(
+                        c.x, c.index, c.weights, gate_up, down, config, T * shape.top_k <= pdl_rows
+                    ),
                     exact,
                 )
         alone = replay_times(captured(grouped_mm_alone(shape, calls, gate_up, down)), len(calls))
@@ -203,23 +258,8 @@ def _run_shape(
         work = 2 * T * shape.top_k * weights_per_expert
         best = min(statistics.median(results[k][0]) for k in ("triton-bf16", "transformers", "torch-grouped_mm"))
         for label, (times, error) in results.items():
-            times = sorted(times)
-            median = statistics.median(times)
             bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
-            rows.append({
-                "benchmark": "gpu", "implementation": label, "shape": name, "tokens": T, "threads": "",
-                "median_us": median, "p10_us": times[len(times) // 10], "p90_us": times[len(times) * 9 // 10],
-                "gb_per_s": bytes_read / median / 1e3, "bandwidth_share": bytes_read / median * 1e6 / bandwidth,
-                "compute_share": work / median * 1e6 / flops,
-                "ratio_to": "best bf16", "ratio": best / median, "relative_error": error,
-                "device": torch.cuda.get_device_name(), "isa": "sm{}{}".format(*torch.cuda.get_device_capability()),
-                "torch": torch.__version__,
-            })  # fmt: skip
-            print(
-                f"{name:17} T={T:<5} {label:17} {median:9.1f} us  {rows[-1]['gb_per_s']:7.0f} GB/s "
-                f"{best / median:5.2f}x best bf16",
-                flush=True,
-            )
+            rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
     return rows
 
 

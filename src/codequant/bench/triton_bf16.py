@@ -138,7 +138,9 @@ def _grouped(
         y_row = p
         gate = gate * tl.load(pair_weight + p, mask=ok, other=0.0).to(tl.float32)[:, None]
     tl.store(
-        out + y_row.to(tl.int64)[:, None] * N + n[None, :], gate.to(out.dtype.element_ty), mask=ok[:, None] & (n < N)[None, :]
+        out + y_row.to(tl.int64)[:, None] * N + n[None, :],
+        gate.to(out.dtype.element_ty),
+        mask=ok[:, None] & (n < N)[None, :],
     )
 
 
@@ -163,7 +165,10 @@ def candidates(tokens: int, pairs: int, experts: int) -> list[Config]:
     """Configurations worth timing for a batch; the best one counts."""
     found = []
     if tokens <= 2:
-        found += [Config(0, Tile(r, c, w, 1), Tile(r, c, w, 1)) for r, c, w in ((4, 512, 4), (8, 256, 4), (2, 1024, 4), (8, 512, 8))]
+        found += [
+            Config(0, Tile(r, c, w, 1), Tile(r, c, w, 1))
+            for r, c, w in ((4, 512, 4), (8, 256, 4), (2, 1024, 4), (8, 512, 8))
+        ]
     average = pairs / experts
     if average <= 64:
         for block in (16, 32) if average <= 16 else (32, 64):
@@ -171,12 +176,23 @@ def candidates(tokens: int, pairs: int, experts: int) -> list[Config]:
                 found.append(Config(block, tile, tile))
     if average >= 32:
         for block in (64, 128):
-            for tile in (Tile(64, 64, 4, 4, False), Tile(128, 64, 8, 3, False), Tile(128, 64, 8, 4, False), Tile(64, 64, 4, 4)):
-                found += [Config(block, tile, tile, False), Config(block, tile, tile, True)] if experts <= 8 else [Config(block, tile, tile)]
+            for tile in (
+                Tile(64, 64, 4, 4, False),
+                Tile(128, 64, 8, 3, False),
+                Tile(128, 64, 8, 4, False),
+                Tile(64, 64, 4, 4),
+            ):
+                found += (
+                    [Config(block, tile, tile, False), Config(block, tile, tile, True)]
+                    if experts <= 8
+                    else [Config(block, tile, tile)]
+                )
     return found
 
 
-def experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, config: Config, pdl: bool) -> Tensor:
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, config: Config, pdl: bool
+) -> Tensor:
     """x [T, I] bf16, index and weights [T, k], gate_up [E, 2M, I], down [E, O, M] -> [T, O]; SiLU-gated."""
     T, k = index.shape
     E, O, M = down.shape
@@ -184,7 +200,10 @@ def experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Te
     hidden = torch.empty(T * k, M, dtype=x.dtype, device=x.device)
     if config.tokens == 0:
         out = torch.empty(T, O, dtype=x.dtype, device=x.device)
-        for source, w, target, tile, reduce in ((x, gate_up, hidden, config.up, False), (hidden, down, out, config.down, True)):
+        for source, w, target, tile, reduce in (
+            (x, gate_up, hidden, config.up, False),
+            (hidden, down, out, config.down, True),
+        ):
             N, width = target.shape[1], source.shape[1]
             _decode[(triton.cdiv(N, tile.rows), len(target))](
                 source, index, weights, w, target, N, k, width, reduce, not reduce,
@@ -195,7 +214,10 @@ def experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Te
     routing: Routing = route(index, E, config.tokens, pdl)
     y = torch.empty(T * k, O, dtype=x.dtype, device=x.device)
     blocks = max_blocks(T * k, E, config.tokens)
-    for source, w, target, tile, gated in ((x, gate_up, hidden, config.up, True), (hidden, down, y, config.down, False)):
+    for source, w, target, tile, gated in (
+        (x, gate_up, hidden, config.up, True),
+        (hidden, down, y, config.down, False),
+    ):
         N = target.shape[1]
         columns = triton.cdiv(N, tile.rows)
         _grouped[(columns, blocks) if config.rows_first else (blocks, columns)](

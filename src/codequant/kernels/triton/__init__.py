@@ -57,10 +57,12 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: Tri
         return reference.codebook_experts(x, top_k_index, top_k_weights, prepared)
     up, down, rest = prepared.gate_up, prepared.down, prepared.rest
     activation = FUSED.get(rest.activation or "")
-    routing = ops.route(top_k_index, len(up.words))
+    layer_bits = max(rest.input_bits, rest.down_bits)
+    routing = ops.route(top_k_index, len(up.words), layer_bits)
     hidden = ops.expert_up(
         x, top_k_index, routing, up.tensors, up.in_features, rest.gate_up_bias,
         activation is not None and rest.has_gate, activation or "none", rest.input_bits, rest.input_clip,
+        layer_bits,
     )  # fmt: skip
     if activation is None:
         hidden = rest.apply_gate(hidden)
@@ -68,7 +70,7 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: Tri
         hidden = rest.down_transform(hidden)
     return ops.expert_down(
         hidden, top_k_index, top_k_weights, routing, down.tensors, down.in_features, rest.down_bias,
-        rest.down_bits, rest.down_clip,
+        rest.down_bits, rest.down_clip, layer_bits,
     )  # fmt: skip
 
 

@@ -27,11 +27,11 @@ def round_half_even(x):
 
 @triton.jit
 def affine_range(lo, hi, clip, LEVELS: tl.constexpr):
-    """Range of a token -> (lo, step, inverse step); the divisions are rounded as PyTorch's."""
+    """Range of a token -> (lo, step, inverse step), rounded as PyTorch does it: its `levels / width` is a product."""
     lo = lo * clip
     hi = hi * clip
     width = hi - lo
-    inverse = tl.where(width > 0, tl.div_rn(LEVELS * 1.0, tl.where(width > 0, width, 1.0)), 0.0)
+    inverse = tl.where(width > 0, tl.div_rn(1.0, tl.where(width > 0, width, 1.0)) * LEVELS, 0.0)
     return lo, tl.div_rn(width, LEVELS * 1.0), inverse
 
 

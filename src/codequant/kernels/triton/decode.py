@@ -145,7 +145,9 @@ def _decode(
         if PLANES == 2:
             first = tl.load(x_low + x_at, mask=x_mask, other=0)
             second = tl.load(x_low + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
-            gate_low = _accumulate(gate_low, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP)
+            gate_low = _accumulate(
+                gate_low, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP
+            )
             if GATED:
                 up_low = _accumulate(
                     up_low, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP

@@ -1,7 +1,7 @@
 """Which kernel runs a problem, and with which block sizes: the measured table, per GPU generation.
 
-Block sizes are chosen by the tokens that an expert gets on average, which is what decides between reading weights and
-multiplying; the numbers are from `codequant bench gpu --tune`, see docs/LOG.md.
+Block sizes depend on the tokens that an expert gets on average, which decides between reading weights and multiplying,
+and on the activations' planes, which multiply the products. Measured on an H200, see docs/LOG.md.
 """
 
 from dataclasses import dataclass
@@ -29,34 +29,54 @@ class Tile:
 
 @dataclass(frozen=True)
 class GroupedConfig:
+    density: float  # the highest average of tokens per expert that this serves
     tokens: int  # one program serves up to so many tokens of an expert
     up: Tile
     down: Tile  # also for single matrices
-    rows_first: bool = True  # consecutive programs take consecutive row blocks; else consecutive token blocks
+    wide_down: Tile  # down, for rows longer than WIDE
 
 
 @dataclass(frozen=True)
 class Generation:
     """Configurations of one GPU generation."""
 
-    decode_tokens: int  # batches up to this size use the decode kernel
-    decode_up: DecodeConfig
-    decode_down: DecodeConfig
-    grouped: tuple[tuple[float, GroupedConfig], ...]  # by the highest average of tokens per expert that each serves
-    pdl: bool  # programmatic dependent launch
+    decode_up: DecodeConfig  # also for single matrices
+    decode_down: DecodeConfig  # a program sums a token's experts
+    decode_down_few: DecodeConfig  # where those are one or two
+    grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
+    pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
 
-    def pick(self, tokens_per_expert: float) -> GroupedConfig:
-        return next(config for limit, config in self.grouped if tokens_per_expert <= limit)
+    def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
+        """Configuration for expert-sorted blocks."""
+        return next(config for config in self.grouped[planes] if tokens_per_expert <= config.density)
 
 
-_GROUPED = (
-    (16, GroupedConfig(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))),
-    (48, GroupedConfig(32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))),
-    (96, GroupedConfig(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))),
-    (float("inf"), GroupedConfig(128, Tile(64, 64, 4, 4), Tile(128, 64, 8, 3), rows_first=False)),
-)
-HOPPER = Generation(4, DecodeConfig(4, 256, 4), DecodeConfig(4, 128, 4), _GROUPED, pdl=True)
-AMPERE = Generation(4, DecodeConfig(4, 256, 4), DecodeConfig(4, 128, 4), _GROUPED, pdl=False)
+WIDE = 4096
+
+
+def decodes(tokens: int, pairs: int, experts: int) -> bool:
+    """Whether the decode kernel runs a batch: it reads an expert once per pair, the other once per block of tokens."""
+    return tokens <= 2 or pairs <= max(experts // 2, 4)
+
+
+_NARROW, _LONG = Tile(64, 64, 4, 4), Tile(64, 256, 4, 3)
+_HUGE = float("inf")
+_GROUPED = {
+    1: (
+        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
+        GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
+        GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
+        GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
+    ),
+    2: (
+        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
+        GroupedConfig(48, 32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
+        GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
+    ),
+}
+_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
+HOPPER = Generation(*_DECODE, _GROUPED, pdl_rows=2048)
+AMPERE = Generation(*_DECODE, _GROUPED, pdl_rows=0)
 
 
 @cache

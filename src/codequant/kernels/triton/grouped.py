@@ -87,7 +87,6 @@ def _grouped(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x planes int8 [rows, G * P]; packed uint8 [E, N or 2N, G * P / 2].
@@ -95,15 +94,8 @@ def _grouped(
     GATHER: position i in expert order reads x row pair[i] // TOP_K, else row i. SCATTER: it writes output row pair[i],
     multiplied by pair_weight, else row i. Not ROUTED: one matrix, position i is token i.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if ROWS_FIRST:
-        pid_n = tl.program_id(0)
-        block = tl.program_id(1)
-    else:
-        pid_n = tl.program_id(1)
-        block = tl.program_id(0)
+    pid_n = tl.program_id(0)
+    block = tl.program_id(1)
     if ROUTED:
         e = tl.load(block_expert + block)
         if e >= E:
@@ -145,6 +137,9 @@ def _grouped(
         t0, t1, t2, t3 = _table(table, row)
         if GATED:
             u0, u1, u2, u3 = _table(table, row + N)
+    if PDL:  # all of the above is older than the kernel before this one, the quantization
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for i in tl.range(0, G * PER_GROUP, num_stages=STAGES):
         g = i // PER_GROUP
         byte = (i % PER_GROUP) * BK
@@ -209,7 +204,6 @@ def grouped(
     out_dtype: torch.dtype,
     tokens: int,
     tile: Tile,
-    rows_first: bool,
     pdl: bool,
 ) -> Tensor:
     """x: the result of `quantize`. Three uses:
@@ -230,14 +224,12 @@ def grouped(
         positions, lists = len(routing.pair), routing.tensors
         blocks = max_blocks(positions, E, tokens)
     out = torch.empty(positions, N, dtype=out_dtype, device=high.device)
-    column_blocks = triton.cdiv(N, tile.rows)
-    grid = (column_blocks, blocks) if rows_first else (blocks, column_blocks)
-    _grouped[grid](
+    _grouped[(triton.cdiv(N, tile.rows), blocks)](
         high, low, scale, zero, pair_weight if scatter else scale, weight.words.view(torch.uint8), weight.table,
         weight.step, weight.row_sum, bias if bias is not None else scale, out, *lists, positions, N, E,
         TOP_K=top_k, G=G, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         BM=tokens, BN=tile.rows, BK=min(tile.bytes, triton.next_power_of_2(P // 2)), STAGES=tile.stages,
-        ROWS_FIRST=rows_first, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
+        PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

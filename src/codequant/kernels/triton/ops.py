@@ -4,6 +4,7 @@ A feed-forward is `route`, `expert_up` and `expert_down`; between the last two t
 fuses. Which kernel runs is decided inside, by the number of tokens: small batches use the decode kernel, which needs no
 routing (its lists are then left unwritten) and keeps the intermediate in the order of the pairs; larger ones use
 expert-sorted blocks, and the intermediate is in expert order. What is between them must therefore treat rows alike.
+The three must agree on block sizes, so all are told `layer_bits`, the wider of the layer's two activation widths.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from codequant.kernels.triton.activation import quantize
 from codequant.kernels.triton.combine import combine
 from codequant.kernels.triton.decode import decode
-from codequant.kernels.triton.dispatch import generation
+from codequant.kernels.triton.dispatch import WIDE, decodes, generation
 from codequant.kernels.triton.grouped import grouped
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
@@ -24,23 +25,25 @@ def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
     return TritonWeight(words, table, step, row_sum, in_features, bits=4, stacked=True)
 
 
+def _planes(activation_bits: int) -> int:
+    return 2 if activation_bits == 16 else 1
+
+
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())
 def linear(
     x: Tensor, weight: list[Tensor], in_features: int, bias: Tensor | None, activation_bits: int, clip: float
 ) -> Tensor:
     """x [T, I] and the tensors of a TritonWeight -> [T, O] in x's dtype."""
-    w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
-    if len(x) == 0:
+    w, x, chip, planes = _weight(weight, in_features), x.contiguous(), generation(x.device), _planes(activation_bits)
+    tokens, pdl = len(x), len(x) <= chip.pdl_rows
+    if tokens == 0:
         return x.new_empty(0, w.out_features)
-    q = quantize(x, w.groups, activation_bits, clip, chip.pdl)
-    planes = 2 if activation_bits == 16 else 1
-    if len(x) <= chip.decode_tokens:
-        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, chip.pdl)
-    config = chip.pick(len(x))
-    return grouped(
-        q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.down, config.rows_first,
-        chip.pdl,
-    )  # fmt: skip
+    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, tokens, 1):
+        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
+    config = chip.pick(planes, tokens)
+    tile = config.wide_down if in_features > WIDE else config.down
+    return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, tile, pdl)
 
 
 @linear.register_fake
@@ -49,17 +52,17 @@ def _(x, weight, in_features, bias, activation_bits, clip):
 
 
 @torch.library.custom_op("codequant::triton_route", mutates_args=())
-def route(expert: Tensor, experts: int) -> list[Tensor]:
-    """expert [T, top_k] -> the tensors of a Routing."""
-    chip = generation(expert.device)
-    if len(expert) <= chip.decode_tokens:
+def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
+    """expert [T, top_k] -> the tensors of a Routing, whose blocks suit activations of so many bits."""
+    chip, pairs = generation(expert.device), expert.numel()
+    if decodes(len(expert), pairs, experts):
         return empty_routing(expert, experts).tensors
-    config = chip.pick(expert.numel() / experts)
-    return launch_route(expert.contiguous(), experts, config.tokens, chip.pdl).tensors
+    config = chip.pick(_planes(layer_bits), pairs / experts)
+    return launch_route(expert.contiguous(), experts, config.tokens, pairs <= chip.pdl_rows).tensors
 
 
 @route.register_fake
-def _(expert, experts):
+def _(expert, experts, layer_bits):
     return empty_routing(expert, experts).tensors
 
 
@@ -75,24 +78,23 @@ def expert_up(
     activation: str,
     activation_bits: int,
     clip: float,
+    layer_bits: int,
 ) -> Tensor:
     """x [T, I], expert [T, top_k] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x)."""
-    w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
-    expert = expert.contiguous()
-    top_k = expert.shape[1]
-    q = quantize(x, w.groups, activation_bits, clip, chip.pdl)
-    planes = 2 if activation_bits == 16 else 1
-    if len(x) <= chip.decode_tokens:
-        return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, chip.pdl)
-    config = chip.pick(expert.numel() / len(w.words))
+    w, x, chip, planes = _weight(weight, in_features), x.contiguous(), generation(x.device), _planes(activation_bits)
+    expert, (tokens, top_k) = expert.contiguous(), expert.shape
+    pdl = expert.numel() <= chip.pdl_rows
+    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, expert.numel(), len(w.words)):
+        return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, pdl)
+    config = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
     return grouped(
-        q, w, bias, Routing(*routing), None, top_k, gated, activation, planes, x.dtype, config.tokens, config.up,
-        config.rows_first, chip.pdl,
+        q, w, bias, Routing(*routing), None, top_k, gated, activation, planes, x.dtype, config.tokens, config.up, pdl
     )  # fmt: skip
 
 
 @expert_up.register_fake
-def _(x, expert, routing, weight, in_features, bias, gated, activation, activation_bits, clip):
+def _(x, expert, routing, weight, in_features, bias, gated, activation, activation_bits, clip, layer_bits):
     rows = weight[0].shape[1]
     return x.new_empty(expert.numel(), rows // 2 if gated else rows)
 
@@ -108,25 +110,24 @@ def expert_down(
     bias: Tensor | None,
     activation_bits: int,
     clip: float,
+    layer_bits: int,
 ) -> Tensor:
     """hidden [T * top_k, M] of `expert_up`, expert and pair_weight [T, top_k] -> [T, O] in hidden's dtype."""
     w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
-    expert, pair_weight = expert.contiguous(), pair_weight.contiguous()
-    tokens, top_k = expert.shape
-    q = quantize(hidden, w.groups, activation_bits, clip, chip.pdl)
-    planes = 2 if activation_bits == 16 else 1
-    if tokens <= chip.decode_tokens:
-        return decode(
-            q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, chip.decode_down, chip.pdl
-        )  # fmt: skip
-    config = chip.pick(expert.numel() / len(w.words))
+    expert, pair_weight, (tokens, top_k) = expert.contiguous(), pair_weight.contiguous(), expert.shape
+    planes, pdl = _planes(activation_bits), expert.numel() <= chip.pdl_rows
+    q = quantize(hidden, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, expert.numel(), len(w.words)):
+        config = chip.decode_down if top_k > 2 else chip.decode_down_few
+        return decode(q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, config, pdl)
+    block = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
+    tile = block.wide_down if in_features > WIDE else block.down
     y = grouped(
-        q, w, bias, Routing(*routing), pair_weight, top_k, False, "none", planes, hidden.dtype, config.tokens,
-        config.down, config.rows_first, chip.pdl,
+        q, w, bias, Routing(*routing), pair_weight, top_k, False, "none", planes, hidden.dtype, block.tokens, tile, pdl
     )  # fmt: skip
-    return combine(y, expert, len(w.words), top_k, hidden.dtype, chip.pdl)
+    return combine(y, expert, len(w.words), top_k, hidden.dtype, pdl)
 
 
 @expert_down.register_fake
-def _(hidden, expert, pair_weight, routing, weight, in_features, bias, activation_bits, clip):
+def _(hidden, expert, pair_weight, routing, weight, in_features, bias, activation_bits, clip, layer_bits):
     return hidden.new_empty(expert.shape[0], weight[0].shape[1])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 512  # pairs that one program sorts
+SHARE = 16  # blocks that one program lists
 MIN_BLOCK = 16  # pairs in a block: the narrowest tensor-core product
 
 
@@ -75,10 +76,11 @@ def _place(
     LENGTH: tl.constexpr,
     BINS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    SHARE: tl.constexpr,
     BM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each program places the pairs of its chunk, and fills its share of the block lists."""
+    """Each program places the pairs of its chunk, if there is one, and fills its share of the block lists."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -87,39 +89,35 @@ def _place(
     e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
     own = tl.histogram(e, BINS)
     if CHUNKS == 1:
-        total = own
+        total = tl.histogram(_bins(expert, 0, pairs, E, LENGTH), BINS)
         before = tl.zeros([BINS], tl.int32)
     else:
         rows = tl.arange(0, CHUNKS)
-        table = tl.load(
-            counts + rows[:, None] * BINS + bins[None, :], mask=(rows < tl.num_programs(0))[:, None], other=0
-        )
+        in_use = rows * LENGTH < pairs
+        table = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=in_use[:, None], other=0)
         total = tl.sum(table, 0)
         before = tl.sum(tl.where((rows < chunk)[:, None], table, 0), 0)
 
     start = tl.cumsum(total, 0) - total  # [BINS]
-    # A chunk sorted by (expert, position) holds each expert's pairs side by side, from own_start[e] on.
-    own_start = tl.cumsum(own, 0) - own
-    key = tl.sort(e * LENGTH + tl.arange(0, LENGTH))
-    e = key // LENGTH
-    target = tl.gather(start + before - own_start, e, 0) + tl.arange(0, LENGTH)
-    index = chunk * LENGTH + key % LENGTH
-    tl.store(pair + target, index, mask=index < pairs)
     if chunk == 0:
         tl.store(end + bins, start + total, mask=bins < E)
-
+    # This program's share of the blocks.
     cut = tl.where(bins < E, (total + BM - 1) // BM, 0)
     cut_end = tl.cumsum(cut, 0)
-    STEP: tl.constexpr = 16
-    first = chunk * STEP
-    while first < blocks:
-        b = first + tl.arange(0, STEP)
-        of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [STEP], BINS past the last block
-        here = (bins[None, :] == of[:, None]).to(tl.int32)
-        at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
-        tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
-        tl.store(block_start + b, at, mask=b < blocks)
-        first += tl.num_programs(0) * STEP
+    b = chunk * SHARE + tl.arange(0, SHARE)
+    of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [SHARE], BINS past the last block
+    here = (bins[None, :] == of[:, None]).to(tl.int32)
+    at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
+    tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
+    tl.store(block_start + b, at, mask=b < blocks)
+    if chunk * LENGTH < pairs:
+        # A chunk sorted by (expert, position) holds each expert's pairs side by side, from own_start[e] on.
+        own_start = tl.cumsum(own, 0) - own
+        key = tl.sort(e * LENGTH + tl.arange(0, LENGTH))
+        e = key // LENGTH
+        target = tl.gather(start + before - own_start, e, 0) + tl.arange(0, LENGTH)
+        index = chunk * LENGTH + key % LENGTH
+        tl.store(pair + target, index, mask=index < pairs)
 
 
 def route(expert: Tensor, experts: int, block: int, pdl: bool) -> Routing:
@@ -134,8 +132,8 @@ def route(expert: Tensor, experts: int, block: int, pdl: bool) -> Routing:
     if chunks > 1:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=expert.device)
         _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl, num_warps=4, launch_pdl=pdl)
-    _place[(chunks,)](
+    _place[(max(chunks, triton.cdiv(blocks, SHARE)),)](
         expert, counts, *routing.tensors, P, experts, blocks,
-        length, bins, triton.next_power_of_2(chunks), block, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        length, bins, triton.next_power_of_2(chunks), SHARE, block, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     return routing
