@@ -123,7 +123,7 @@ LINEAR = [  # bits, group size, I, O, T
     (4, -1, 704, 65, 17),
     (3, -1, 50, 7, 9),
     (2, -1, 1, 1, 1),
-    (4, -1, 64, 66, 150),
+    (4, -1, 64, 66, 140),
     (2, 64, 128, 33, 4),
     (4, 32, 96, 5, 5),
     (3, 192, 384, 66, 33),
@@ -257,7 +257,7 @@ def check_random_routing(experts: ExpertWeights, device: torch.device, T: int, k
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize(
-    "T, E, k, I, M, O", [(1, 5, 3, 72, 40, 33), (4, 3, 1, 50, 65, 9), (21, 7, 2, 136, 70, 66), (90, 2, 1, 64, 32, 5)]
+    "T, E, k, I, M, O", [(1, 5, 3, 72, 40, 33), (2, 3, 1, 50, 65, 9), (21, 7, 2, 136, 70, 66), (40, 2, 1, 64, 32, 5)]
 )
 def test_experts_equal_their_twin(
     device: torch.device, bits: int, T: int, E: int, k: int, I: int, M: int, O: int
@@ -279,31 +279,36 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("T", [3, 9])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("T", [2, 9])
+@pytest.mark.parametrize(
+    "activation, has_gate",
+    [("silu", True), ("gelu", True), ("gelu_pytorch_tanh", True), ("relu", False), ("silu", False)],
+)
 def test_every_fused_activation_with_biases(device: torch.device, T: int, activation: str, has_gate: bool) -> None:
     f = ACTIVATIONS[activation]
     gate = (lambda h: f(h[:, :24]) * h[:, 24:]) if has_gate else f
-    flags = dict(activation=activation, has_gate=has_gate, apply_gate=gate, bias=True, input_bits=8, down_bits=8)
-    check_random_routing(random_experts(4, 40, 24, 18, **flags), device, T, 2)
+    experts = random_experts(
+        4, 40, 24, 18, activation=activation, has_gate=has_gate, apply_gate=gate, bias=True, input_bits=8, down_bits=8
+    )  # fmt: skip
+    check_random_routing(experts, device, T, 2)
 
 
-@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("T", [2, 9])
 def test_own_gate_and_clip(device: torch.device, T: int) -> None:
-    flags = dict(
-        activation=None, apply_gate=lambda h: h[:, :24].tanh() * (h[:, 24:] + 1), input_clip=0.9, down_clip=0.8
-    )
-    check_random_routing(random_experts(4, 40, 24, 18, bias=True, input_bits=4, down_bits=8, **flags), device, T, 2)
+    experts = random_experts(
+        4, 40, 24, 18, activation=None, apply_gate=lambda h: h[:, :24].tanh() * (h[:, 24:] + 1), bias=True,
+        input_bits=4, input_clip=0.9, down_bits=8, down_clip=0.8,
+    )  # fmt: skip
+    check_random_routing(experts, device, T, 2)
 
 
-@pytest.mark.parametrize("T", [2, 40])
+@pytest.mark.parametrize("T", [2, 20])
 def test_bfloat16_input(device: torch.device, T: int) -> None:
     check_random_routing(random_experts(4, 64, 48, 32, input_bits=8, down_bits=8), device, T, 2, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("T", [3, 50])
-@pytest.mark.parametrize("expert", [0, 4, 5, -1])
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("expert", [0, 5, -1])
 def test_all_tokens_to_one_expert_or_to_none(device: torch.device, T: int, expert: int) -> None:
     """Experts 5 and -1 do not exist here: sentinels of expert parallelism, whose tokens get zeros."""
     index = torch.full((T, 2), expert)
@@ -317,17 +322,17 @@ def test_results_do_not_depend_on_the_batch(device: torch.device) -> None:
     experts = random_experts(6, 64, 32, 16, input_bits=8, down_bits=8)
     prepared = backend.prepare_experts(moved(experts, device))
     generator = torch.Generator().manual_seed(0)
-    index, weights = random_routing(40, 6, 2, generator)
-    x = torch.randn(40, 64, generator=generator)
+    index, weights = random_routing(24, 6, 2, generator)
+    x = torch.randn(24, 64, generator=generator)
     x, index, weights = x.to(device), index.to(device), weights.to(device)
     whole = backend.experts(x, index, weights, prepared)
-    assert torch.equal(whole[:20], backend.experts(x[:20], index[:20], weights[:20], prepared))
+    assert torch.equal(whole[:10], backend.experts(x[:10], index[:10], weights[:10], prepared))
 
 
 # ----------------------------------------------------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (700, 128, 16), (1300, 3, 128)])
+@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (600, 40, 16), (1100, 3, 128)])
 def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
     expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
     lists = routing.route(expert.to(device), E, block, pdl=False)

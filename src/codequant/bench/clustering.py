@@ -9,6 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run() -> list[dict[str, Any]]:
                 values *= torch.randn(R, S, device="cuda").exp()
             losses = {}
             for name, function in (("codequant-exact", kmeans), ("lloyd-unweighted", lloyd)):
-                times = _seconds(lambda f=function, v=values, w=weights: f(v, w, CLUSTERS))
+                times = _seconds(partial(function, values, weights, CLUSTERS))
                 losses[name] = loss(values, weights, *function(values, weights, CLUSTERS))
                 median = statistics.median(times)
                 ratio = losses[name] / losses["codequant-exact"]

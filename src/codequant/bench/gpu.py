@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from codequant.bench import triton_bf16
-from codequant.kernels import reference, triton as backend
+from codequant.kernels import reference
+from codequant.kernels import triton as backend
 from codequant.kernels.reference import ExpertWeights
+from codequant.kernels.triton import TritonExperts
 from codequant.kernels.triton.dispatch import generation
 from codequant.packing import PackedWeight, unpack
 
@@ -107,7 +109,7 @@ def transformers_experts(shape: Shape, gate_up: Tensor, down: Tensor) -> Callabl
     """What transformers runs by default on a GPU."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    module = SimpleNamespace(
+    module: Any = SimpleNamespace(
         num_experts=shape.experts, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False,
         is_transposed=False, is_concatenated=True, _is_expert_parallel=False,
         _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
@@ -147,7 +149,10 @@ def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -
     rows = []
     ceilings = measured_ceilings()
     for name in shapes:
-        rows += _run_experts(name, SHAPES[name], tokens, ceilings)
+        layer = random_layer(SHAPES[name])
+        for T in tokens:
+            rows += _run_experts(name, layer, T, ceilings)
+        del layer
         torch.cuda.empty_cache()
     for name, (O, I) in LINEAR.items():
         rows += _run_linear(name, O, I, ceilings)
@@ -177,89 +182,129 @@ def _row(
     return row
 
 
+def checked_times(
+    what: str, function: Callable[[Call], Tensor], calls: Sequence[Call], expected: Tensor
+) -> tuple[list[float], float]:
+    """Microseconds per call of each replay, and the relative error on the first call. Raises on a wrong result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    got = function(calls[0]).float()
+    torch.use_deterministic_algorithms(False)
+    error = float((got - expected).norm() / expected.norm())
+    if not error < MAX_ERROR:
+        raise RuntimeError(f"{what}: relative error {error:.3g}, expected < {MAX_ERROR}")
+    return replay_times(captured(lambda: [function(call) for call in calls]), len(calls)), error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The same experts for every implementation."""
+
+    shape: Shape
+    experts: ExpertWeights  # for the twin: 8-bit activations
+    a8: TritonExperts
+    a16: TritonExperts
+    gate_up: Tensor  # bf16 [E, 2M, I]
+    down: Tensor  # bf16 [E, I, M]
+
+
+def random_layer(shape: Shape) -> Layer:
+    E, M, I = shape.experts, shape.intermediate, shape.hidden
+    gate_up, down = random_packed(E, 2 * M, I), random_packed(E, I, M)
+    # The twin with the kernels' bf16 intermediate: else 8-bit levels near ties dominate the comparison.
+    experts = ExpertWeights(
+        gate_up, down, lambda h: F.silu(h[:, :M]) * h[:, M:], input_bits=8, down_bits=8,
+        down_transform=lambda h: h.bfloat16().float(),
+    )  # fmt: skip
+    a8 = backend.prepare_experts(replace(experts, down_transform=None))
+    assert isinstance(a8, TritonExperts)
+    a16 = replace(a8, rest=replace(a8.rest, input_bits=16, down_bits=16))
+    return Layer(shape, experts, a8, a16, dequantized(gate_up), dequantized(down))
+
+
+def best_triton_bf16(what: str, layer: Layer, calls: Sequence[Call], expected: Tensor) -> tuple[list[float], float]:
+    """The fastest of the yardstick's configurations."""
+    T, k = calls[0].index.shape
+    pdl = T * k <= generation(layer.down.device).pdl_rows
+    results = []
+    for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
+
+        def one(call: Call, config: triton_bf16.Config = config) -> Tensor:
+            return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
+
+        with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
+            results.append(checked_times(what, one, calls, expected))
+    return min(results, key=lambda result: statistics.median(result[0]))
+
+
+def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
+    shape = layer.shape
+    # Enough different routings to read every expert once where a call reads a few; two at least.
+    calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * shape.experts // (T * shape.top_k))))]
+    first = calls[0]
+    unquantized = replace(layer.experts, input_bits=16, down_bits=16)
+    exact_a8, exact = (
+        reference.codebook_experts(first.x.float(), first.index, first.weights, e) for e in (layer.experts, unquantized)
+    )
+    what = f"{name}, {T} tokens"
+    results = {
+        "codequant-a8": checked_times(
+            f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
+        ),
+        "codequant-a16": checked_times(
+            f"codequant-a16, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a16), calls, exact
+        ),
+        "transformers": checked_times(
+            f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact
+        ),
+        "triton-bf16": best_triton_bf16(f"triton-bf16, {what}", layer, calls, exact),
+        "torch-grouped_mm": (
+            replay_times(captured(grouped_mm_alone(shape, calls, layer.gate_up, layer.down)), len(calls)),
+            float("nan"),
+        ),
+    }
+    hit = statistics.mean(len(c.index.unique()) for c in calls)
+    weights_per_expert = 3 * shape.intermediate * shape.hidden
+    work = 2 * T * shape.top_k * weights_per_expert
+    best = min(statistics.median(times) for k, (times, _) in results.items() if not k.startswith("codequant"))
+    rows = []
+    for label, (times, error) in results.items():
+        bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
+        rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
+    return rows
+
+
 def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
-    """A single matrix, eight copies in turn; tinygemm's 4-bit product (group size 128) for comparison."""
+    """A single matrix, eight copies in turn; tinygemm's 4-bit product (group size 128, its own weights) beside it."""
     packed = [random_packed(1, O, I) for _ in range(8)]
     prepared = [backend.prepare_linear(PackedWeight(p.packed[0], p.codebook[0], p.step[0], I)) for p in packed]
     dense = [dequantized(p)[0] for p in packed]
     scales = torch.ones(I // 128, O, 2, dtype=torch.bfloat16, device="cuda")
     tiny = [torch.ops.aten._convert_weight_to_int4pack(p.packed[0], 8) for p in packed]
+    products: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "codequant-a8": lambda x, i: backend.linear(x, prepared[i], None, 8),
+        "codequant-a16": lambda x, i: backend.linear(x, prepared[i]),
+        "torch-bf16": lambda x, i: F.linear(x, dense[i]),
+        "torch-int4pack": lambda x, i: torch.ops.aten._weight_int4pack_mm(x, tiny[i], 128, scales),
+    }
     rows = []
     for T in LINEAR_TOKENS:
         x = torch.randn(T, I, device="cuda").bfloat16()
         exact = F.linear(x.float(), unpack(packed[0])[0])
-        functions: dict[str, Callable[[int], Tensor]] = {
-            "codequant-a8": lambda i, x=x: backend.linear(x, prepared[i], None, 8),  # type: ignore[misc]
-            "codequant-a16": lambda i, x=x: backend.linear(x, prepared[i]),  # type: ignore[misc]
-            "torch-bf16": lambda i, x=x: F.linear(x, dense[i]),  # type: ignore[misc]
-            "torch-int4pack": lambda i, x=x: torch.ops.aten._weight_int4pack_mm(x, tiny[i], 128, scales),  # type: ignore[misc]
-        }
-        times = {k: replay_times(captured(lambda f=f: [f(i) for i in range(8)]), 8) for k, f in functions.items()}  # type: ignore[misc]
+        times = {}
+        for label, product in products.items():
+
+            def turn(x: Tensor = x, product: Callable[[Tensor, int], Tensor] = product) -> None:
+                for i in range(8):
+                    product(x, i)
+
+            times[label] = replay_times(captured(turn), 8)
         best = statistics.median(times["torch-bf16"])
-        for label, function in functions.items():
-            error = float((function(0).float() - exact).norm() / exact.norm())
+        for label, product in products.items():
+            error = float("nan")
+            if label != "torch-int4pack":
+                error = float((product(x, 0).float() - exact).norm() / exact.norm())
             bytes_read = O * I * (2 if label == "torch-bf16" else 0.5)
             rows.append(_row(label, name, T, times[label], bytes_read, 2 * T * O * I, best, error, ceilings))
-    return rows
-
-
-def _run_experts(name: str, shape: Shape, tokens: Sequence[int], ceilings: tuple[float, float]) -> list[dict[str, Any]]:
-    E, M, I = shape.experts, shape.intermediate, shape.hidden
-    experts = ExpertWeights(
-        random_packed(E, 2 * M, I), random_packed(E, I, M), lambda h: F.silu(h[:, :M]) * h[:, M:],
-        input_bits=8, down_bits=8,
-    )  # fmt: skip
-    gate_up, down = dequantized(experts.gate_up), dequantized(experts.down)  # type: ignore[arg-type]
-    a8 = backend.prepare_experts(experts)
-    assert isinstance(a8, backend.TritonExperts)
-    a16 = replace(a8, rest=replace(a8.rest, input_bits=16, down_bits=16))
-    pdl_rows = generation(gate_up.device).pdl_rows
-    rows = []
-    for T in tokens:
-        # Enough different routings to read every expert once where a call reads a few; two at least.
-        calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * E // (T * shape.top_k))))]
-        first = calls[0]
-        # The twin with the kernels' bf16 intermediate: else 8-bit levels near ties dominate the comparison.
-        twin = replace(experts, down_transform=lambda h: h.bfloat16().float())
-        a8_exact = reference.codebook_experts(first.x.float(), first.index, first.weights, twin)
-        exact = reference.codebook_experts(
-            first.x.float(), first.index, first.weights, replace(twin, input_bits=16, down_bits=16)
-        )
-
-        results: dict[str, tuple[list[float], float]] = {}
-
-        def measure(label: str, one: Callable[[Call], Tensor], expected: Tensor, calls: list[Call] = calls) -> float:
-            got = one(calls[0]).float()
-            error = float((got - expected).norm() / expected.norm())
-            if not error < MAX_ERROR:
-                raise RuntimeError(f"{label}, {name}, {T} tokens: relative error {error:.3g}, expected < {MAX_ERROR}")
-            times = replay_times(captured(lambda: [one(call) for call in calls]), len(calls))
-            if label not in results or statistics.median(times) < statistics.median(results[label][0]):
-                results[label] = (times, error)
-            return statistics.median(times)
-
-        measure("codequant-a8", lambda c: backend.experts(c.x, c.index, c.weights, a8), a8_exact)
-        measure("codequant-a16", lambda c: backend.experts(c.x, c.index, c.weights, a16), exact)
-        measure("transformers", transformers_experts(shape, gate_up, down), exact)
-        for config in triton_bf16.candidates(T, T * shape.top_k, E):
-            with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
-                measure(
-                    "triton-bf16",
-                    lambda c, config=config: triton_bf16.experts(
-                        c.x, c.index, c.weights, gate_up, down, config, T * shape.top_k <= pdl_rows
-                    ),
-                    exact,
-                )
-        alone = replay_times(captured(grouped_mm_alone(shape, calls, gate_up, down)), len(calls))
-        results["torch-grouped_mm"] = (alone, float("nan"))
-
-        hit = statistics.mean(len(c.index.unique()) for c in calls)
-        weights_per_expert = 3 * M * I
-        work = 2 * T * shape.top_k * weights_per_expert
-        best = min(statistics.median(results[k][0]) for k in ("triton-bf16", "transformers", "torch-grouped_mm"))
-        for label, (times, error) in results.items():
-            bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
-            rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
     return rows
 
 

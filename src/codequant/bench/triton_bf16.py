@@ -1,4 +1,4 @@
-"""The yardstick: a bfloat16 MoE feed-forward in Triton, with the same fusions, routing and launches as the codebook one.
+"""The yardstick: a bfloat16 MoE feed-forward in Triton, with the fusions, routing and launches of the codebook one.
 
 Two kernels, as there: one for a few tokens that streams weights, one for expert-sorted blocks on tensor cores.
 """
@@ -31,10 +31,9 @@ def _decode(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        if not REDUCE:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+    if PDL and not REDUCE:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.program_id(1)
     slot = tl.arange(0, SLOTS)
@@ -166,7 +165,7 @@ def candidates(tokens: int, pairs: int, experts: int) -> list[Config]:
     found = []
     if tokens <= 2:
         found += [
-            Config(0, Tile(r, c, w, 1), Tile(r, c, w, 1))
+            Config(0, Tile(r, c, w, 1), Tile(max(1, r // 4), c, w, 1))
             for r, c, w in ((4, 512, 4), (8, 256, 4), (2, 1024, 4), (8, 512, 8))
         ]
     average = pairs / experts
@@ -196,7 +195,6 @@ def experts(
     """x [T, I] bf16, index and weights [T, k], gate_up [E, 2M, I], down [E, O, M] -> [T, O]; SiLU-gated."""
     T, k = index.shape
     E, O, M = down.shape
-    I = x.shape[1]
     hidden = torch.empty(T * k, M, dtype=x.dtype, device=x.device)
     if config.tokens == 0:
         out = torch.empty(T, O, dtype=x.dtype, device=x.device)
@@ -207,7 +205,7 @@ def experts(
             N, width = target.shape[1], source.shape[1]
             _decode[(triton.cdiv(N, tile.rows), len(target))](
                 source, index, weights, w, target, N, k, width, reduce, not reduce,
-                triton.next_power_of_2(k) if reduce else 1, tile.rows if not reduce else max(1, tile.rows // 4),
+                triton.next_power_of_2(k) if reduce else 1, tile.rows,
                 tile.columns, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
             )  # fmt: skip
         return out

@@ -1,4 +1,4 @@
-"""Exact weighted 1-D k-means on the GPU: the same function as `codequant.clustering.kmeans`, millions of rows at a time.
+"""Exact weighted 1-D k-means on the GPU: the function of `codequant.clustering.kmeans`, for millions of rows.
 
 On a sorted row the optimal clusters are intervals, and with prefix sums W, S of weight and weight * value an interval
 [i, m) lowers the row's second moment by its *gain* (S[m] - S[i])**2 / (W[m] - W[i]). Dynamic programming over "the best

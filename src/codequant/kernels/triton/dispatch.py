@@ -32,8 +32,17 @@ class GroupedConfig:
     density: float  # the highest average of tokens per expert that this serves
     tokens: int  # one program serves up to so many tokens of an expert
     up: Tile
-    down: Tile  # also for single matrices
+    down: Tile
     wide_down: Tile  # down, for rows longer than WIDE
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """For a single matrix, which has few rows to occupy the GPU with."""
+
+    batch: float  # the largest number of tokens that this serves
+    tokens: int
+    tile: Tile
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,15 @@ class Generation:
     decode_down: DecodeConfig  # a program sums a token's experts
     decode_down_few: DecodeConfig  # where those are one or two
     grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
+    linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending batch
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
 
     def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
         """Configuration for expert-sorted blocks."""
         return next(config for config in self.grouped[planes] if tokens_per_expert <= config.density)
+
+    def pick_linear(self, planes: int, tokens: int) -> LinearConfig:
+        return next(config for config in self.linear[planes] if tokens <= config.batch)
 
 
 WIDE = 4096
@@ -56,7 +69,7 @@ WIDE = 4096
 
 def decodes(tokens: int, pairs: int, experts: int) -> bool:
     """Whether the decode kernel runs a batch: it reads an expert once per pair, the other once per block of tokens."""
-    return tokens <= 2 or pairs <= max(experts // 2, 4)
+    return tokens <= 2 or pairs <= experts // 4
 
 
 _NARROW, _LONG = Tile(64, 64, 4, 4), Tile(64, 256, 4, 3)
@@ -74,9 +87,14 @@ _GROUPED = {
         GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
     ),
 }
+_LINEAR = (LinearConfig(32, 16, Tile(32, 256, 2, 3)), LinearConfig(128, 64, Tile(64, 128, 4, 3)))
+_LINEARS = {
+    1: (*_LINEAR, LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3))),
+    2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
+}
 _DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
-HOPPER = Generation(*_DECODE, _GROUPED, pdl_rows=2048)
-AMPERE = Generation(*_DECODE, _GROUPED, pdl_rows=0)
+HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=2048)
+AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=0)
 
 
 @cache

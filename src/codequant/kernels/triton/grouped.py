@@ -213,7 +213,7 @@ def grouped(
     weighted; rows of sentinel pairs are left unwritten.
     """
     high, low, scale, zero = x
-    E, rows, W = weight.words.shape
+    E, rows, _ = weight.words.shape
     N = rows // 2 if gated else rows
     G = weight.groups
     P = padded_group(weight.in_features // G)

@@ -41,9 +41,8 @@ def linear(
     q = quantize(x, w.groups, activation_bits, clip, pdl)
     if decodes(tokens, tokens, 1):
         return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
-    config = chip.pick(planes, tokens)
-    tile = config.wide_down if in_features > WIDE else config.down
-    return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, tile, pdl)
+    config = chip.pick_linear(planes, tokens)
+    return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.tile, pdl)
 
 
 @linear.register_fake
