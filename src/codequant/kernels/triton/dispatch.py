@@ -74,7 +74,7 @@ def decodes(tokens: int, pairs: int, experts: int) -> bool:
 
 _NARROW, _LONG = Tile(64, 64, 4, 4), Tile(64, 256, 4, 3)
 _HUGE = float("inf")
-_GROUPED = {
+_GROUPED: dict[int, tuple[GroupedConfig, ...]] = {
     1: (
         GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
         GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
@@ -88,7 +88,7 @@ _GROUPED = {
     ),
 }
 _LINEAR = (LinearConfig(32, 16, Tile(32, 256, 2, 3)), LinearConfig(128, 64, Tile(64, 128, 4, 3)))
-_LINEARS = {
+_LINEARS: dict[int, tuple[LinearConfig, ...]] = {
     1: (*_LINEAR, LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3))),
     2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
 }
