@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
     # A finished folder in other engines.
-    **dict.fromkeys(("export", "serving"), {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"}),
+    **{engine: {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"} for engine in ("export", "serving")},
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.
 EVERYTHING = {"__init__", "bench", "pipeline", "cli"}

@@ -286,7 +286,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "newer" / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="format: 2, expected 1"):
         plugin_config(tmp_path / "newer")
-    with pytest.raises(VerificationError, match="model-00001-of-00002.safetensors: missing"):
+    with pytest.raises(VerificationError, match=r"model-00001-of-00002\.safetensors: missing"):
         shard = tmp_path / "newer" / "model-00001-of-00002.safetensors"
         shard.unlink()
         (tmp_path / "newer" / "config.json").write_text((folder / "config.json").read_text())
