@@ -30,7 +30,9 @@ RATES = Rates(1e11, 5e9, {2048: (1.0, 2e-3)})
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("plan") / "source", synthetic_config("small", 2))
+    config = synthetic_config("small", 2)
+    config.num_experts = 8
+    return write_checkpoint(tmp_path_factory.mktemp("plan") / "source", config)
 
 
 def planned(source: Path, workers: int) -> Plan:
