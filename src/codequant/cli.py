@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from codequant.errors import InputError, InvarianceError, VerificationError
+from codequant.stages import STAGES
 
 if TYPE_CHECKING:
     from codequant.executor import Progress as UnitProgress
@@ -90,20 +91,6 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-STAGES = {
-    "embed": "reading the source",
-    "teacher": "running the source",
-    "rotation": "learning the rotation",
-    "ends": "rotating embedding and head",
-    "enter": "starting the quantized model",
-    "dense": "quantizing attention",
-    "route": "routing tokens",
-    "experts": "quantizing experts",
-    "layer": "writing the layer",
-    "student": "running the quantized layer",
-}
 
 
 def describe(progress: "UnitProgress") -> str:
@@ -242,7 +229,7 @@ def run_evaluate(
     windows: int,
     length: int,
     json_file: Path | None,
-) -> None:
+) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -276,6 +263,7 @@ def run_evaluate(
         )
     out.print(evaluation.render(found))
     write_json(found.to_dict(), json_file)
+    return found.to_dict()
 
 
 @app.command()
@@ -344,6 +332,18 @@ def bench(
 
 
 @app.command()
+def report(
+    folder: Folder,
+    evaluation: Annotated[Path | None, typer.Option(help="numbers to show too, from `evaluate --json FILE`")] = None,
+) -> None:
+    """Write report.html into a folder anew: errors, activations, routing, weights and time, as one page."""
+    from codequant.report import read_evaluation, write_report
+
+    path = write_report(folder, read_evaluation(evaluation) if evaluation is not None else None)
+    out.print(f"{path}: written", soft_wrap=True)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must not exist")] = Path(
         "demo-output"
@@ -351,6 +351,7 @@ def demo(
 ) -> None:
     """The whole way on the bundled model: quantize, verify, evaluate, generate."""
     from codequant.data import DEMO_CALIBRATION, DEMO_HELDOUT, DEMO_MODEL
+    from codequant.report import write_report
 
     start = time.monotonic()
     out.rule("quantize (recipe w4a8)", align="left")
@@ -359,11 +360,12 @@ def demo(
     out.rule("verify", align="left")
     run_verify(output)
     out.rule("evaluate against the bf16 model on held-out text", align="left")
-    run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    evaluation = run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    write_report(output, evaluation)
     out.rule("generate", align="left")
     run_generate(output, "The old house on the hill", max_new_tokens=80, temperature=0.7, seed=0)
     out.rule(f"done in {time.monotonic() - start:.0f} s", align="left")
-    out.print(f"The quantized model is in {output}. What to type next:")
+    out.print(f"The quantized model is in {output}, and what was done to it in {output / 'report.html'}. Next:")
     for command in (
         f"codequant inspect {output}",
         f'codequant generate {output} "Once upon a time"',

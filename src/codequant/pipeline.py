@@ -6,6 +6,7 @@ at a time; the output appears under its name only when it is whole.
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from codequant.executor import Executor, LocalExecutor, Progress, run_units
 from codequant.plan import Plan, disk_bytes, plan, workers_that_fit
 from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
+from codequant.report import write_report
 from codequant.source import SourceModel, resolve
 from codequant.store import Ledger, Store, versions, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
+log = logging.getLogger(__name__)
 SCAN = "scan.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DEFAULT_CALIBRATION = DEMO_CALIBRATION
@@ -88,6 +91,7 @@ def quantize(
         raise InputError(f"{error}; finished work is kept in {work}, the same command goes on from there") from error
     finally:
         ledger.close()
+    draw_report(out)
     return out
 
 
@@ -111,6 +115,14 @@ def plan_run(
     context = Context(SourceModel(resolve(source)), chosen, Store(Path()), device)
     check_supported(context)
     return plan(context, workers or default_workers(context))
+
+
+def draw_report(out: Path) -> None:
+    """Write the report of a finished output. Whatever goes wrong here, the result of hours of work is whole."""
+    try:
+        write_report(out)
+    except Exception as error:
+        log.warning("%s: no report (%s), `codequant --debug report %s` says why", out, error, out)
 
 
 def work_folder(out: Path) -> Path:
@@ -159,6 +171,12 @@ def default_workers(context: Context) -> int:
 def check_supported(context: Context) -> None:
     """Layers must be quantizable, and, unless the recipe says otherwise, their residual stream rotatable."""
     _ = context.config  # group sizes
+    if context.recipe.finetuning.epochs and context.window_shards < 2:
+        raise InputError(
+            f"finetuning.epochs: {context.recipe.finetuning.epochs}, but calibration.windows_per_unit is "
+            f"{context.recipe.calibration.windows_per_unit} of {context.recipe.calibration.windows} windows, expected "
+            "at most half of them, so that one unit can be held out"
+        )
     if context.rotates:
         for name, structure in zip(context.source.layer_names, context.source.structures):
             if structure.obstacles:

@@ -118,11 +118,15 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
     for key, info in ledger.infos("dense."):
         layers[key.split(".")[1]] = {"proof": info["proof"], "errors": info["errors"], "tokens": {}, "starved": []}
+        if "finetuning" in info:
+            layers[key.split(".")[1]]["finetuning"] = {"dense": info["finetuning"]}
     for key, info in ledger.infos("experts."):
         layer = layers[key.split(".")[1]]
         layer["errors"] |= info["errors"]
         layer["tokens"] |= {str(expert): n for expert, n in info["tokens"].items()}
         layer["starved"] += info["starved"]
+        if "finetuning" in info:
+            layer["finetuning"] |= {str(expert): result for expert, result in info["finetuning"].items()}
     for key, info in ledger.infos("student."):
         layers[key.split(".")[1]].setdefault("differences", []).append(info["difference"])
     rotation = next((info for _, info in ledger.infos("rotation")), None)

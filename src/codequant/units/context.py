@@ -1,6 +1,6 @@
 """What every unit may use: the source model, the recipe, and the results of other units."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from codequant.recipe import Recipe
 from codequant.schemes import quantization_config
 from codequant.source import SourceModel
 from codequant.store import Store
+from codequant.structure import ChannelPair
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
@@ -94,6 +95,17 @@ class Context:
             return rotate_rows(self.hidden("teacher", layer, shard), self.rotation)
         return self.store.read_one(hidden_key(stream, layer, shard), "hidden").to(self.device)
 
+    def routed_batches(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The results of `route`, a shard of windows at a time, mapped: an expert's tokens are a small part of them."""
+        for shard in range(self.window_shards):
+            yield self.store.map(route_key(layer, shard))
+
+    @property
+    def held_out_shards(self) -> int:
+        """How many shards of windows, the last ones, judge fine-tuning."""
+        wanted = round(self.window_shards * self.recipe.finetuning.held_out)
+        return min(max(1, wanted), self.window_shards - 1)
+
     def expert_shards(self, layer: int) -> list[slice]:
         """Runs of experts whose second moments and weights fit in SHARD_BYTES."""
         experts = self.source.structures[layer].experts
@@ -116,12 +128,37 @@ class Context:
         tensors = {k: v.to(self.device) for k, v in self.source.layer_tensors(layer).items()}
         structure = self.source.structures[layer]
         tensors = fold_layer(tensors, structure, rotation)
-        if self.rotates and self.recipe.rotation.heads:
-            for pair in structure.pairs:
-                if pair.linear and self.scheme(layer, pair.consumer) is not None:
-                    mix = hadamard_matrix(pair.block)
-                    mix_pair(tensors, pair, [mix] * len(head_blocks(pair)))
+        for pair in structure.pairs:
+            if self.mixes(layer, pair):
+                mix_pair(tensors, pair, [hadamard_matrix(pair.block)] * len(head_blocks(pair)))
         return tensors
+
+    def mixes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are rotated: value heads whose consumer is quantized."""
+        return (
+            self.rotates
+            and self.recipe.rotation.heads
+            and pair.linear
+            and self.scheme(layer, pair.consumer) is not None
+        )
+
+    def permutes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are put in order: those whose consumer has several codebooks per row, and which no
+        rotation has made alike."""
+        scheme = self.scheme(layer, pair.consumer)
+        return (
+            self.recipe.permutation.enabled
+            and scheme is not None
+            and scheme.group_size != -1
+            and not self.mixes(layer, pair)
+        )
+
+    def permutes_experts(self, layer: int) -> bool:
+        """Likewise for the intermediate channels of a layer's experts."""
+        scheme = self.experts_scheme(layer, inner=True)
+        return (
+            self.recipe.permutation.enabled and scheme is not None and scheme.group_size != -1 and not scheme.hadamard
+        )
 
     def working_layer(self, layer: int, tensors: dict[str, Tensor]) -> WorkingLayer:
         source = self.source

@@ -1,6 +1,7 @@
 """The rotation, and the two ends of the model in its basis."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from codequant import rotation as rotations
 from codequant.discovery import describe_norm
 from codequant.folding import fold_norm, fold_reader, gain_of, rotate_rows
 from codequant.hadamard import hadamard_matrix
+from codequant.units import outliers
 from codequant.units.context import Context, Result, hidden_key
 
 ROWS = 8192  # of a vocabulary's matrix at a time
@@ -18,13 +20,14 @@ ROWS = 8192  # of a vocabulary's matrix at a time
 def learn_rotation(context: Context) -> Result:
     """R from the cached activations of all layers; centered norms confine it to rotations that keep the ones vector."""
     recipe, source = context.recipe.rotation, context.source
+    sites = [(layer, k) for layer, structure in enumerate(source.structures) for k in range(len(structure.norms))]
     pooled = [
         context.store.read_one(hidden_key("teacher", layer + 1, shard), f"samples.{k}")
-        for layer, structure in enumerate(source.structures)
-        for k in range(len(structure.norms))
+        for layer, k in sites
         for shard in range(context.window_shards)
     ]
     samples = torch.cat(pooled).to(context.device)
+    by_site = samples.split([len(samples) // len(sites)] * len(sites))  # as many rows from each
     del pooled
     keep_ones = any(norm.centered for structure in source.structures for norm in structure.norms)
     direction = torch.ones(source.hidden_size) if keep_ones else rotations.strongest_direction(samples)
@@ -33,13 +36,20 @@ def learn_rotation(context: Context) -> Result:
         samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, keep_ones=keep_ones
     )
     identity = torch.eye(source.hidden_size, dtype=torch.float64)
-    info = {
+    info: dict[str, Any] = {
         "range_loss_unrotated": float(rotations.range_loss(samples[::8].float())),
         "range_loss_start": fit.loss_before,
         "range_loss": fit.loss_after,
         "orthogonality_error": float((fit.rotation @ fit.rotation.T - identity).abs().max()),
     }
-    return {"rotation": fit.rotation.float()}, info
+    rotation = fit.rotation.float()
+    on_device = rotation.to(context.device)
+    info["sites"] = [
+        {"layer": layer, "norm": source.structures[layer].norms[k].path, **outliers.ranges(x, on_device)}
+        for (layer, k), x in zip(sites, by_site)
+    ]
+    info["surfaces"] = outliers.spread(len(sites))
+    return {"rotation": rotation, **outliers.surfaces(by_site, on_device)}, info
 
 
 def ends(context: Context) -> Result:
