@@ -4,7 +4,9 @@ Sources are synthetic: random weights of the wanted shapes, written a tensor at 
 own, so that the peak is the run's.
 """
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoTokenizer, PretrainedConfig, Qwen3MoeConfig
 
 from codequant.checkpoint_names import parameter_sources, skeleton
 from codequant.data import DEMO_MODEL
+from codequant.pipeline import plan_run
 from codequant.source import INDEX, write_shard
+from codequant.writing import TIMINGS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -41,8 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
-LAYERS = (2, 4, 8)
-WORKERS = (1, 2)
+LAYERS = "2,4,8"
+WORKERS = "1,2"
 SETTINGS = ("calibration.windows=16", "calibration.length=128", "rotation.steps=20")
 _RUN = """
 import json, resource, sys, time
@@ -102,17 +108,63 @@ def measure(**arguments: Any) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", _RUN, text], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    stages = json.loads((Path(arguments["out"]) / TIMINGS).read_text()).values()
+    worker_seconds = round(sum(stage["cpu_seconds"] for stage in stages), 1)
+    return {**json.loads(done.stdout.splitlines()[-1]), "worker_seconds": worker_seconds}
 
 
 def run(
-    shape: str = "small", layers: Sequence[int] = LAYERS, workers: Sequence[int] = WORKERS, folder: Path | None = None
+    shape: str, layers: Sequence[int], workers: Sequence[int], settings: Sequence[str], folder: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row per number of layers and of workers. Sources and outputs go to a temporary folder inside `folder`."""
+    """One row per number of layers and of workers. Sources and outputs go to a temporary folder inside `folder`.
+
+    worker_seconds are processor seconds of all units: unlike `seconds`, other processes hardly disturb them.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix="codequant-bench-") as place:
         for count in layers:
             source = write_checkpoint(Path(place) / f"source-{count}", synthetic_config(shape, count))
             for number in workers:
+                plan = plan_run(source, overrides=list(settings), workers=number)
                 out = Path(place) / f"out-{count}-{number}"
-                numbers = measure(source=source, out=out, overrides=list(SETTINGS), workers=number)
-                yield {"shape": shape, "layers": count, "workers": number, **numbers}
+                numbers = measure(source=source, out=out, overrides=list(settings), workers=number)
+                shutil.rmtree(out)
+                yield {
+                    "shape": shape,
+                    "layers": count,
+                    "workers": number,
+                    **numbers,
+                    "planned_seconds": plan.seconds,
+                    "planned_worker_seconds": plan.worker_seconds,
+                    "planned_bytes": plan.memory_bytes,
+                }
+            shutil.rmtree(source)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    found = Table("shape", "layers", "workers", "seconds", "worker seconds", "planned", "peak MiB", "planned", box=None)
+    for r in rows:
+        numbers = (r["seconds"], r["worker_seconds"], r["planned_worker_seconds"])
+        sizes = (r["peak_bytes"] / 2**20, r["planned_bytes"] / 2**20)
+        found.add_row(
+            r["shape"],
+            *map(str, (r["layers"], r["workers"])),
+            *(f"{n:.1f}" for n in numbers),
+            *(f"{n:.0f}" for n in sizes),
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="codequant bench scale", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--layers", default=LAYERS, help="numbers of layers, comma-separated")
+    parser.add_argument("--workers", default=WORKERS, help="numbers of workers, comma-separated")
+    parser.add_argument("--set", action="append", default=None, dest="settings", help="recipe field: stage.key=value")
+    parser.add_argument("--folder", type=Path, help="where sources and outputs go for a while")
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args(arguments)
+    layers, workers = ([int(n) for n in text.split(",")] for text in (a.layers, a.workers))
+    rows = list(run(a.shape, layers, workers, a.settings or SETTINGS, a.folder))
+    Console().print(table(rows))
+    if a.json:
+        a.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
