@@ -15,11 +15,13 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("src/codequant/native")
 COMMON = ("bandwidth", "dispatch", "experts", "module", "portable", "repack", "threads")
 # One source per instruction set, with the flags of that source alone; the best is chosen at run time.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
 ISA = {
     "x86_64": {
         "avx2": ["-mavx2"],
         "avx_vnni": ["-mavx2", "-mavxvnni"],
-        "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+        "avx512_vnni": AVX512,
+        "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
     },
     "aarch64": {"neon": ["-march=armv8.2-a+dotprod"]},
 }.get(platform.machine(), {})
