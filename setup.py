@@ -30,7 +30,7 @@ ISA = {
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "unix":
-            # No contraction: a product and a sum that become one instruction on some processors only would differ there.
+            # No contraction: a product and a sum that became one instruction would round otherwise than elsewhere.
             flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
             ext.extra_compile_args += [*flags, "-Wall", "-Wextra", "-Werror"]
             ext.extra_link_args += ["-pthread"]

@@ -1,5 +1,5 @@
-// AVX-512 with the tile multiplier (Sapphire Rapids and later servers), for panels that many tokens share. Tiles multiply
-// 6.2 against VNNI's 0.85 Tera-operations/s of one core; fetching activations from the second cache leaves 1.2 of them.
+// AVX-512 with the tile multiplier (Sapphire Rapids and later servers), for panels that many tokens share. Tiles can do
+// 6.2 against VNNI's 0.85 T operations/s of one core; fetching activations from the second cache leaves 1.2 of them.
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -290,8 +290,9 @@ CODEQUANT_API void codequant_advise_huge_pages(void* data, int64_t bytes) { code
 // y [tokens * share, m->rows]: row s is W[expert[s]] @ x[s / share] + bias[expert[s]], or 0 where expert[s] is not
 // one of the m->count matrices; expert null means matrix 0 throughout. x [tokens, m->columns], bias [count, rows] or
 // null. bits 4, 8 or 16. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                     const float* bias, int64_t bits, float clip, int64_t threads, float* y) try {
+CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share,
+                                   const int64_t* expert, const float* bias, int64_t bits, float clip, int64_t threads,
+                                   float* y) try {
   threads = codequant::useful_threads(threads, tokens * share, *m);
   codequant::linear(*m, x, tokens, share, expert, bias, bits, clip, threads, y);
   return 0;
@@ -301,8 +302,8 @@ CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x,
 
 // y [tokens, down->rows] = sum over j < share of weight[t, j] * down(activation(gate(x[t])) * up(x[t])) of expert
 // expert[t, j]. x [tokens, gate_up->columns]. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                      const float* weight, int64_t threads, float* y) try {
+CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share,
+                                    const int64_t* expert, const float* weight, int64_t threads, float* y) try {
   threads = codequant::useful_threads(threads, tokens * share, *e->gate_up);
   for (int64_t first = 0; first < tokens; first += codequant::kSlice) {
     codequant::experts(*e, x + first * e->gate_up->columns, std::min(codequant::kSlice, tokens - first), share,

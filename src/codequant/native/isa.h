@@ -49,7 +49,7 @@ struct Isa {
 constexpr int64_t kScratch = kSegment * kRows;
 
 // Readable bytes after the last token's levels: tiles take 16 tokens of 64 columns at a time.
-inline int64_t tile_slack(const Matrices& matrices) { return 15 * matrices.level_bytes() + 64; }
+ALWAYS_INLINE inline int64_t tile_slack(const Matrices& matrices) { return 15 * matrices.level_bytes() + 64; }
 
 extern const Isa kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeon;
 

@@ -16,8 +16,8 @@
 // (-ffp-contract=off): the result of a token does not depend on the instruction set, on the threads, or on the other
 // tokens of the batch.
 //
-// Everything here has internal linkage or is always inlined, and nothing inline of the standard library is called: of an
-// inline function that several sources share the linker keeps one copy, perhaps with instructions this processor lacks.
+// Everything here has internal linkage or is always inlined, and nothing inline of the standard library is called: of
+// an inline function in several sources the linker keeps one copy, perhaps with instructions this processor lacks.
 #pragma once
 
 #include <cstring>
