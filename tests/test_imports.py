@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{algorithm: {*FORMAT, *COMPUTE} for algorithm in ALGORITHMS},
     **{stage: {*FORMAT, *MODEL, *COMPUTE, *ALGORITHMS} for stage in STAGES},
     **{tool: {*FORMAT, *MODEL, *COMPUTE, "verification", "runtime"} for tool in TOOLS},
+    "report": {*FORMAT, "inspection", "stages", "verification"},
+    "stages": set(),
     # The pipeline, from its parts to the whole.
     "recipe": FORMAT,
     "store": {"errors"},
@@ -45,9 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *FORMAT, *MODEL, *COMPUTE, *ALGORITHMS, *STAGES,
         *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
     },
+    "plan": {*FORMAT, "executor", "units"},
+    "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
     # A finished folder in other engines.
-    **dict.fromkeys(("export", "serving"), {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"}),
+    **{engine: {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"} for engine in ("export", "serving")},
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.
 EVERYTHING = {"__init__", "bench", "pipeline", "cli"}

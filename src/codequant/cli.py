@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from codequant.errors import InputError, InvarianceError, VerificationError
+from codequant.stages import STAGES
 
 if TYPE_CHECKING:
     from codequant.executor import Progress as UnitProgress
@@ -92,20 +93,6 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-STAGES = {
-    "embed": "reading the source",
-    "teacher": "running the source",
-    "rotation": "learning the rotation",
-    "ends": "rotating embedding and head",
-    "enter": "starting the quantized model",
-    "dense": "quantizing attention",
-    "route": "routing tokens",
-    "experts": "quantizing experts",
-    "layer": "writing the layer",
-    "student": "running the quantized layer",
-}
-
-
 def describe(progress: "UnitProgress") -> str:
     layer = progress.unit.arguments.get("layer")
     return STAGES[progress.unit.function] + (f", layer {layer}" if layer is not None else "")
@@ -130,6 +117,8 @@ def quantize(
     calibration: Annotated[
         str | None, typer.Option(help="text file (documents separated by three newlines) or .jsonl; default: bundled")
     ] = None,
+    executor: Annotated[str, typer.Option(help="local or ray: threads of this process, or a Ray cluster")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="of a running Ray cluster; default: one is started")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
     device: Device = "cpu",
     keep_work: Annotated[bool, typer.Option(help="keep the work folder after success")] = False,
@@ -138,7 +127,7 @@ def quantize(
 
     An interrupted run goes on where it stopped: type the same command again.
     """
-    run_quantize(source, output, recipe, overrides, calibration, workers, device, keep_work)
+    run_quantize(source, output, recipe, overrides, calibration, executor, ray_address, workers, device, keep_work)
     out.print(f"{output}: written. Next: codequant verify {output}", soft_wrap=True)
 
 
@@ -148,6 +137,8 @@ def run_quantize(
     recipe: str,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: str = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -167,6 +158,8 @@ def run_quantize(
                 recipe,
                 overrides=overrides,
                 calibration=calibration,
+                executor=executor,
+                ray_address=ray_address,
                 workers=workers,
                 device=device,
                 keep_work=keep_work,
@@ -179,6 +172,24 @@ def run_quantize(
                     f"interrupted: finished work is kept in {work}; the same command goes on from there", soft_wrap=True
                 )
             raise
+
+
+@app.command()
+def plan(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="bundled recipe or YAML file")] = "w4a8",
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Predict the memory, disk and time of a run from the config and the shards' headers; reads no weights."""
+    from codequant.pipeline import plan_run
+    from codequant.plan import as_table
+
+    found = plan_run(source, recipe, overrides=overrides, workers=workers, device=device)
+    out.print(as_table(found))
+    write_json(found.to_dict(), json_file)
 
 
 @app.command()
@@ -218,7 +229,7 @@ def run_evaluate(
     windows: int,
     length: int,
     json_file: Path | None,
-) -> None:
+) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -252,6 +263,7 @@ def run_evaluate(
         )
     out.print(evaluation.render(found))
     write_json(found.to_dict(), json_file)
+    return found.to_dict()
 
 
 @app.command()
@@ -320,6 +332,18 @@ def bench(
 
 
 @app.command()
+def report(
+    folder: Folder,
+    evaluation: Annotated[Path | None, typer.Option(help="numbers to show too, from `evaluate --json FILE`")] = None,
+) -> None:
+    """Write report.html into a folder anew: errors, activations, routing, weights and time, as one page."""
+    from codequant.report import read_evaluation, write_report
+
+    path = write_report(folder, read_evaluation(evaluation) if evaluation is not None else None)
+    out.print(f"{path}: written", soft_wrap=True)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must not exist")] = Path(
         "demo-output"
@@ -327,6 +351,7 @@ def demo(
 ) -> None:
     """The whole way on the bundled model: quantize, verify, evaluate, generate."""
     from codequant.data import DEMO_CALIBRATION, DEMO_HELDOUT, DEMO_MODEL
+    from codequant.report import write_report
 
     start = time.monotonic()
     out.rule("quantize (recipe w4a8)", align="left")
@@ -335,11 +360,12 @@ def demo(
     out.rule("verify", align="left")
     run_verify(output)
     out.rule("evaluate against the bf16 model on held-out text", align="left")
-    run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    evaluation = run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    write_report(output, evaluation)
     out.rule("generate", align="left")
     run_generate(output, "The old house on the hill", max_new_tokens=80, temperature=0.7, seed=0)
     out.rule(f"done in {time.monotonic() - start:.0f} s", align="left")
-    out.print(f"The quantized model is in {output}. What to type next:")
+    out.print(f"The quantized model is in {output}, and what was done to it in {output / 'report.html'}. Next:")
     for command in (
         f"codequant inspect {output}",
         f'codequant generate {output} "Once upon a time"',

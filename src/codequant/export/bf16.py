@@ -32,8 +32,7 @@ def write(folder: Path, out: Path) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
-        with model.reading() as read:
-            tensors = {name: plain(model, name, read(name)) for name in names}
+        tensors = {name: plain(model, name, model.read(name)) for name in names}
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)

@@ -1,7 +1,6 @@
 """A finished quantized folder, checked, and read one weight at a time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -42,15 +41,9 @@ class QuantizedFolder:
         matrix = self.matrices.get(name)
         return self.checkpoint.entry(name).shape if matrix is None else matrix.source.shape
 
-    @contextmanager
-    def reading(self) -> Iterator[Read]:
-        """A function from a name to its tensor, or to the PackedWeight in rows of output channels [..., O, I]."""
-        with self.checkpoint.reading() as read_tensor:
-
-            def read(name: str) -> Tensor | PackedWeight:
-                if self.scheme(name) is None:
-                    return read_tensor(name)
-                packed, codebook, step = (read_tensor(f"{name}_{suffix}") for suffix in packing.SUFFIXES)
-                return PackedWeight(packed, codebook, step, self.matrices[name].in_features)
-
-            yield read
+    def read(self, name: str) -> Tensor | PackedWeight:
+        """A tensor by its plain name; a PackedWeight, in rows of output channels [..., O, I], where it is quantized."""
+        if self.scheme(name) is None:
+            return self.checkpoint.read(name)
+        packed, codebook, step = (self.checkpoint.read(f"{name}_{suffix}") for suffix in packing.SUFFIXES)
+        return PackedWeight(packed, codebook, step, self.matrices[name].in_features)

@@ -110,8 +110,7 @@ def write(folder: Path, out: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            with model.reading() as read:
-                writer.write_tensor_data(tensor_bytes(entry, read).numpy())
+            writer.write_tensor_data(tensor_bytes(entry, model.read).numpy())
     finally:
         writer.close()
 
