@@ -129,8 +129,8 @@ def test_gguf_holds_every_weight_bit_for_bit(tmp_path: Path, family: str, scheme
     stored = {name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for name, t in tensors.items()}
 
     model = QuantizedFolder(tmp_path / "q")
-    with model.reading() as read:
-        expected = {n: unpack(w) if isinstance(w, PackedWeight) else w for n, w in ((n, read(n)) for n in model.names)}
+    weights = {name: model.read(name) for name in model.names}
+    expected = {name: unpack(w) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
     experts, projections = EXPERTS[family]
     E = model.config.num_local_experts
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
