@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from helpers import FAMILIES, quantize_rtn_checkpoint, random_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from codequant.checkpoint_names import parameter_sources
@@ -20,7 +21,7 @@ from codequant.errors import InputError, VerificationError
 from codequant.export import bf16, export
 from codequant.export.folder import QuantizedFolder
 from codequant.export.gguf import halves_to_pairs, q8_0
-from codequant.export.gguf_tokenizer import pre_tokenizer_name, vocabulary
+from codequant.export.gguf_tokenizer import adds_space, pre_tokenizer_name, scores, vocabulary
 from codequant.packing import PackedWeight, unpack
 from codequant.quantization_config import QuantizationConfig, Scheme
 
@@ -84,6 +85,24 @@ def write_bpe_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def write_sentencepiece_tokenizer(folder: Path) -> Tokenizer:
+    """BPE with byte fallback, with every pair that makes a token, as converted SentencePiece models list them."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trained.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=70, show_progress=False))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().get)[: 300 - len(special)]
+    vocab = {token: i for i, token in enumerate([*special, *pieces])}
+    merges = [(t[:i], t[i:]) for t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return tokenizer
+
+
 def quantized(
     folder: Path, family: str, quantization: QuantizationConfig | None = None, **changes: Any
 ) -> PreTrainedModel:
@@ -110,8 +129,8 @@ def test_gguf_holds_every_weight_bit_for_bit(tmp_path: Path, family: str, scheme
     stored = {name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for name, t in tensors.items()}
 
     model = QuantizedFolder(tmp_path / "q")
-    with model.reading() as read:
-        expected = {n: unpack(w) if isinstance(w, PackedWeight) else w for n, w in ((n, read(n)) for n in model.names)}
+    weights = {name: model.read(name) for name in model.names}
+    expected = {name: unpack(w) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
     experts, projections = EXPERTS[family]
     E = model.config.num_local_experts
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -194,31 +213,77 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
 parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 128, 1, 1
 server = xllamacpp.Server(parameters)
-request = {"prompt": json.loads(sys.argv[2]), "n_predict": 1, "n_probs": 300, "temperature": -1.0}
-answer = server.handle_completions(request)
-found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-print("RESULT", json.dumps([[entry["id"], entry["logprob"]] for entry in found]), flush=True)
+for prompt in json.loads(sys.argv[2]):
+    # The probabilities are those before the bias, which makes the answer a printable token: others have none.
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": 300, "temperature": -1.0, "logit_bias": [["e", 1000]]}
+    answer = server.handle_completions(request)
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    print("RESULT", json.dumps({entry["id"]: entry["logprob"] for entry in found}), flush=True)
 """
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "write_tokenizer"), [*zip(CONFIGS, (write_bpe_tokenizer, write_sentencepiece_tokenizer))]
+)
+def test_llama_cpp_computes_the_same(tmp_path: Path, family: str, write_tokenizer: Callable[[Path], Tokenizer]) -> None:
+    """From tokens, and from text, which shows that it tokenizes the same."""
     pytest.importorskip("xllamacpp")
     dequantized = quantized(tmp_path / "q", family)
+    tokenizer = write_tokenizer(tmp_path / "q")
     file = export(tmp_path / "q", tmp_path / "model.gguf", "gguf")
-    tokens = list(range(1, 25))  # after which the end of the text, which has no probabilities, is not the likeliest
-    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    log_probabilities = torch.full((300,), torch.nan)
-    for token, value in json.loads(result.removeprefix("RESULT ")):
-        log_probabilities[token] = value
-    with torch.no_grad():
-        reference = dequantized(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-    # llama.cpp rounds activations to 8 bits per 32 channels and keys and values to float16: a relative error of about
-    # 1/500 in every product, which moves each of these logits (standard deviation near 1) by a few hundredths.
-    assert (log_probabilities - reference).abs().max() < 0.1
-    assert reference.max() - reference.min() > 3
+    texts = ["I went to sea precisely 1851  times.", "don't say na\u00efve\nIshmael"]
+    prompts = [list(range(3, 27)), *texts]
+    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(prompts), done.stderr[-2000:]
+    for tokens, result in zip([prompts[0], *(tokenizer.encode(text).ids for text in texts)], results):
+        found = torch.tensor([result[str(token)] for token in range(300)])
+        with torch.no_grad():
+            expected = dequantized(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        # llama.cpp rounds activations to 8 bits per 32 channels and keys and values to float16: a relative error of
+        # about 1/500 in every product, which moves logits with a standard deviation near 1 by a few hundredths.
+        assert (found - expected).abs().max() < 0.1
+        assert expected.max() - expected.min() > 3
+
+
+def sentencepiece(vocab: list[str], merges: list[str]) -> dict[str, Any]:
+    return {"model": {"vocab": {token: i for i, token in enumerate(vocab)}, "merges": merges}}
+
+
+def test_scores_order_merges_as_ranks_do() -> None:
+    vocab = ["a", "b", "ab", "aba", "bab"]
+    good = sentencepiece(vocab, ["a b", "ab a", "b ab"])
+    assert scores(good, [*vocab, "[PAD5]"]) == [-3, -3, 0, -1, -2, -3]
+    with pytest.raises(InputError, match=r"\('b', 'ab'\) is not merged, but llama.cpp would merge it to 'bab'"):
+        scores(sentencepiece([*vocab, "ba"], ["a b", "b a", "ab a", "a ba", "ba b"]), vocab)
+    with pytest.raises(InputError, match="pairs of token 'aba' are merged at different ranks"):
+        scores(sentencepiece([*vocab, "ba"], ["a b", "b a", "ab a", "b ab", "ba b", "a ba"]), vocab)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "expected"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, True),
+        (normalizers.Replace(" ", "▁"), None, False),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+        (normalizers.NFKC(), None, None),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=True), None),
+    ],
+)
+def test_space_before_text(normalizer: Any, pre_tokenizer: Any, expected: bool | None) -> None:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    values = json.loads(tokenizer.to_str())
+    if expected is None:
+        with pytest.raises(InputError, match=r"tokenizer\.json: normalizer"):
+            adds_space(values)
+    else:
+        assert adds_space(values) == expected
 
 
 @pytest.mark.parametrize(
@@ -302,9 +367,9 @@ def test_vocabulary_keeps_ids_and_fills_holes() -> None:
         vocabulary(tokenizer, 3)
 
 
-def test_gguf_refuses_a_tokenizer_that_is_not_byte_level(tmp_path: Path) -> None:
+def test_gguf_refuses_other_tokenizers(tmp_path: Path) -> None:
     quantize_rtn_checkpoint(model_of(CONFIGS["mixtral"]), tmp_path / "q", QuantizationConfig(Scheme(), IGNORE))
-    with pytest.raises(InputError, match="model WordLevel, expected byte-level BPE"):
+    with pytest.raises(InputError, match="model WordLevel, expected BPE"):
         export(tmp_path / "q", tmp_path / "model.gguf", "gguf")
 
 

@@ -10,12 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import quantize_rtn_checkpoint
+from helpers import quantize_rtn_checkpoint, round_to_nearest
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +32,9 @@ from transformers import (
 import codequant
 from codequant.data import DEMO_HELDOUT, DEMO_MODEL
 from codequant.errors import InputError, VerificationError
+from codequant.hadamard import hadamard_transform
+from codequant.kernels.reference import codebook_linear
+from codequant.packing import SUFFIXES
 from codequant.quantization_config import QuantizationConfig, Scheme
 
 pytestmark = pytest.mark.vllm
@@ -153,27 +158,43 @@ def run_engine(work: Path, folder: Path, prompts: list[list[int]], mode: str, **
     return json.loads((work / "answer.json").read_text())
 
 
-def differences(model: PreTrainedModel, answers: list[dict[str, Any]], attention: str = "sdpa") -> torch.Tensor:
-    """[prompts, tokens]: log-probabilities of what vLLM read and wrote, its own minus those of the model."""
-    tokens = torch.tensor([answer["tokens"] for answer in answers])
-    found = torch.tensor([answer["log_probabilities"] for answer in answers])
-    model.set_attn_implementation(attention)
+def log_probabilities(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [prompts, length] -> [prompts, length - 1], of every token but the first."""
     with torch.no_grad():
-        expected = model(tokens[:, :-1]).logits.log_softmax(-1)
-    return found - expected.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        logits = model(tokens[:, :-1]).logits
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def with_last_bits_changed(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """`log_probabilities` with embeddings and attention outputs off by up to one part in 2**23."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(module, inputs, output[0]), *output[1:])
+        return output * (1 + (torch.rand(output.shape, generator=generator) * 2 - 1) * 2**-23)
+
+    modules = [model.get_input_embeddings(), *(layer.self_attn for layer in model.model.layers)]
+    hooks = [module.register_forward_hook(change) for module in modules]
+    try:
+        return log_probabilities(model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_close(model: PreTrainedModel, answers: list[dict[str, Any]], activation_bits: int) -> None:
-    """With activations in full precision, every log-probability agrees. Rounded ones that lie between two levels may
-    fall either way, and experts that tie may swap, for a last bit of difference: then vLLM is as far from transformers
-    as transformers from itself with another attention kernel."""
-    found = differences(model, answers)
+    """With activations in full precision, every log-probability agrees. Quantized ones that lie between two levels fall
+    either way for a last bit of difference, and so do experts that tie: then vLLM may be as far from transformers as
+    transformers from itself with other last bits (on the demo model 0.016 on average; vLLM is at 0.008 to 0.012)."""
+    tokens = torch.tensor([answer["tokens"] for answer in answers])
+    expected = log_probabilities(model, tokens)
+    found = (torch.tensor([answer["log_probabilities"] for answer in answers]) - expected).abs()
     if activation_bits == 16:
-        assert found.abs().max() < 1e-3
+        assert found.max() < 1e-3
         return
-    noise = differences(model, answers, attention="eager") - found
-    assert found.abs().mean() < 2 * noise.abs().mean()
-    assert found.abs().median() < 1e-2
+    noise = (with_last_bits_changed(model, tokens) - expected).abs()
+    assert found.mean() < 2 * noise.mean()
 
 
 def random_prompts(vocab_size: int) -> list[list[int]]:
@@ -247,6 +268,59 @@ def test_random_models(tmp_path: Path, case: str) -> None:
     answers = run_engine(tmp_path, folder, random_prompts(128), "packed", **options)
     model, _ = codequant.load(folder, dtype=torch.float32)
     check_close(model, answers, scheme.activation_bits)
+
+
+# --- one layer, where nothing amplifies a rounding --------------------------------------------------------------------
+
+
+@pytest.fixture
+def forward_pass() -> Iterator[None]:
+    """What the plug-in asks vLLM for while it builds layers and computes."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.forward_context import override_forward_context
+
+    with set_current_vllm_config(VllmConfig()), override_forward_context(SimpleNamespace()):
+        yield
+
+
+@pytest.mark.usefixtures("forward_pass")
+@pytest.mark.parametrize("mode", ["load", "packed"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(activation_bits=8, activation_clip=0.9),
+        Scheme(bits=2, activation_bits=4, group_size=10),
+        Scheme(bits=3, activation_bits=16, hadamard=True),
+    ],
+    ids=str,
+)
+def test_a_merged_layer_is_its_parts(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, mode: str) -> None:
+    """q, k and v on the second of two ranks, with more bits for k, loaded in any order, for a few tokens."""
+    from codequant.serving.vllm import CodequantLinearMethod
+
+    monkeypatch.setenv("CODEQUANT_VLLM_MODE", mode)
+    torch.manual_seed(0)
+    I, sizes = 60, (12, 6, 6)
+    schemes = [scheme, replace(scheme, bits=4), scheme]
+    parts = [round_to_nearest(torch.randn(2 * size, I), s.bits, s.group_size) for size, s in zip(sizes, schemes)]
+    layer = torch.nn.Module()
+    layer.tp_rank, layer.tp_size = 1, 2
+    method = CodequantLinearMethod("a.qkv_proj", ["a.q", "a.k", "a.v"], schemes)
+    method.create_weights(layer, I, list(sizes), I, 2 * sum(sizes), torch.float32)
+    for name, part in [("v", parts[2]), ("q", parts[0]), ("k", parts[1])]:
+        for suffix in SUFFIXES:
+            parameter = getattr(layer, f"weight_{suffix}")
+            parameter.weight_loader(parameter, getattr(part, suffix), name)
+    method.process_weights_after_loading(layer)
+
+    x, bias = torch.randn(5, I), torch.randn(sum(sizes))
+    input = hadamard_transform(x) if scheme.hadamard else x
+    expected = [
+        codebook_linear(input, part, None, scheme.activation_bits, scheme.activation_clip).chunk(2, dim=-1)[1]
+        for part in parts
+    ]
+    # Sums of 60 products near 1 in float32.
+    torch.testing.assert_close(method.apply(layer, x, bias), torch.cat(expected, dim=-1) + bias, rtol=1e-5, atol=1e-4)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
