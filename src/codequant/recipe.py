@@ -34,7 +34,12 @@ class Calibration(Stage):
 
 class Rotation(Stage):
     method: Literal["learned", "none"] = "learned"
-    steps: int = Field(300, ge=0, description="0: the training-free Hadamard aligned with the outlier direction")
+    start: Literal["aligned", "hadamard", "random"] = Field(
+        "aligned",
+        description="a Hadamard matrix that sends the outlier direction to all ones; baselines for comparison",
+    )
+    loss: Literal["range", "squared-error"] = Field("range", description="of cached activations; baseline: their error")
+    steps: int = Field(300, ge=0, description="0: the start itself, no training")
     learning_rate: float = Field(2e-3, gt=0)
     batch: int = Field(3072, gt=0, description="cached activations per step, all sites together")
     samples: int = Field(131072, gt=0, description="cached activations, all sites together")
@@ -49,7 +54,7 @@ class Permutation(Stage):
 class Weights(Stage):
     bits: Bits = 4
     group_size: int = Field(-1, description="input channels that share a codebook; -1: a whole row")
-    method: Literal["hessian", "kmeans", "rtn"] = "hessian"
+    method: Literal["hessian", "weighted", "kmeans", "rtn"] = "hessian"
     coverage: Literal["all", "normed-inputs"] = Field(
         "all", description="normed-inputs: only matrices that read the normed residual (the paper's q, k, v, gate, up)"
     )

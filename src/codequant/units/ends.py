@@ -1,6 +1,7 @@
 """The rotation, and the two ends of the model in its basis."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,24 @@ def learn_rotation(context: Context) -> Result:
     by_site = samples.split([len(samples) // len(sites)] * len(sites))  # as many rows from each
     del pooled
     keep_ones = any(norm.centered for structure in source.structures for norm in structure.norms)
-    direction = torch.ones(source.hidden_size) if keep_ones else rotations.strongest_direction(samples)
-    start = rotations.hadamard_start(hadamard_matrix(source.hidden_size), direction, recipe.seed)
+    H, direction = source.hidden_size, None
+    if keep_ones:
+        direction = torch.ones(H)
+    elif recipe.start == "aligned":
+        direction = rotations.strongest_direction(samples)
+    base = rotations.random_orthogonal(H, recipe.seed) if recipe.start == "random" else hadamard_matrix(H)
+    start = rotations.hadamard_start(base, direction, recipe.seed)
+    loss = rotations.range_loss
+    if recipe.loss == "squared-error":
+        loss = partial(rotations.squared_error_loss, bits=min(8, context.recipe.activations.bits))
     fit = rotations.learn(
-        samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, keep_ones=keep_ones
+        samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, loss, keep_ones=keep_ones
     )
-    identity = torch.eye(source.hidden_size, dtype=torch.float64)
+    identity = torch.eye(H, dtype=torch.float64)
     info: dict[str, Any] = {
         "range_loss_unrotated": float(rotations.range_loss(samples[::8].float())),
-        "range_loss_start": fit.loss_before,
-        "range_loss": fit.loss_after,
+        "range_loss_start": float(rotations.range_loss(samples[::8].float() @ start.float().to(samples.device))),
+        "range_loss": float(rotations.range_loss(samples[::8].float() @ fit.rotation.float().to(samples.device))),
         "orthogonality_error": float((fit.rotation @ fit.rotation.T - identity).abs().max()),
     }
     rotation = fit.rotation.float()
