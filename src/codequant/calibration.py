@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 SEPARATOR = "\n\n\n"
 
 
-def read_documents(path: str | Path) -> list[str]:
+def read_documents(path: str | Path, whole: bool = False) -> list[str]:
     """The documents of a UTF-8 text file, separated by three newlines, or of a .jsonl file, each line's "text".
 
-    Raises InputError where the file is missing, unreadable, not UTF-8, malformed (with the line) or without text.
+    whole: a text file is one document, as it stands. Raises InputError where the file is missing, unreadable, not
+    UTF-8, malformed (with the line) or without text.
     """
     path = Path(path)
     try:
@@ -40,11 +41,22 @@ def read_documents(path: str | Path) -> list[str]:
         raise InputError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a text or .jsonl file") from None
-    pieces = _json_texts(path, text) if path.suffix == ".jsonl" else text.split(SEPARATOR)
-    documents = [piece.strip("\n") for piece in pieces if piece.strip()]
+    if path.suffix == ".jsonl":
+        documents = _stripped(_json_texts(path, text))
+    else:
+        documents = [text] if whole and text.strip() else split_documents(text)
     if not documents:
         raise InputError(f"{path}: no text, expected documents separated by three newlines, or .jsonl with 'text' keys")
     return documents
+
+
+def split_documents(text: str) -> list[str]:
+    """Documents separated by three newlines, none of them empty."""
+    return _stripped(text.split(SEPARATOR))
+
+
+def _stripped(pieces: Sequence[str]) -> list[str]:
+    return [piece.strip("\n") for piece in pieces if piece.strip()]
 
 
 def _json_texts(path: Path, lines: str) -> list[str]:

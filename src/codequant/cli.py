@@ -213,13 +213,18 @@ def run_verify(folder: Path, source: str | None = None) -> None:
 def evaluate(
     folder: Folder,
     reference: Annotated[str | None, typer.Option(help="source model to compare with")] = None,
-    text: Annotated[str | None, typer.Option(help="text file or .jsonl; default: bundled held-out text")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="token windows to score")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="tokens per window")] = 512,
+    text: Annotated[
+        str | None, typer.Option(help="text file, .jsonl, wikitext2 or c4; default: bundled held-out text")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=0, help="token windows to score; 0: the whole text in order")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="tokens per window, at most the model's context")] = 512,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks too, separated by commas")] = None,
+    task_folder: Annotated[Path | None, typer.Option("--task-dir", help="folder of local task files")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="examples per task")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity, and with --reference KL divergence, router changes and per-layer error, all in float32."""
-    run_evaluate(folder, reference, text, windows, length, json_file)
+    run_evaluate(folder, reference, text, windows, length, json_file, tasks, task_folder, limit)
 
 
 def run_evaluate(
@@ -228,7 +233,10 @@ def run_evaluate(
     text: str | Path | None,
     windows: int,
     length: int,
-    json_file: Path | None,
+    json_file: Path | None = None,
+    tasks: str | None = None,
+    task_folder: Path | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
@@ -236,19 +244,26 @@ def run_evaluate(
 
     import codequant
     from codequant import calibration, evaluation
+    from codequant.corpora import evaluation_documents
     from codequant.data import DEMO_HELDOUT
     from codequant.inspection import inspect_folder
     from codequant.source import load_config, resolve
+    from codequant.tasks import Tasks, render, score
     from codequant.writing import ROTATION
 
-    tokens_of = calibration.read_documents(text or DEMO_HELDOUT)
+    documents = evaluation_documents(text or DEMO_HELDOUT, whole=windows == 0)
+    chosen = Tasks([name.strip() for name in tasks.split(",")], task_folder) if tasks is not None else None
     source = None
     if reference is not None:
         path = resolve(reference)
         load_config(path)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     model, tokenizer = codequant.load(folder, dtype=torch.float32)
-    tokens = calibration.windows(tokens_of, tokenizer, windows, evaluation.context_length(model, length), seed=1)
+    length = evaluation.context_length(model, length)
+    if windows == 0:
+        tokens = calibration.consecutive_windows(documents, tokenizer, length)
+    else:
+        tokens = calibration.windows(documents, tokenizer, windows, length, seed=1)
     rotation = load_file(folder / ROTATION)["rotation"] if (folder / ROTATION).is_file() else None
     done = 0
     with progress_bar("evaluating") as update:
@@ -261,9 +276,13 @@ def run_evaluate(
         found = evaluation.evaluate(
             model, tokens, source, rotation, inspect_folder(folder).bits_per_weight, advance=advance
         )
-    out.print(evaluation.render(found))
-    write_json(found.to_dict(), json_file)
-    return found.to_dict()
+        out.print(evaluation.render(found))
+        numbers = found.to_dict()
+        if chosen is not None:
+            numbers["tasks"] = score(chosen, model, source, tokenizer, limit, update)
+            out.print(render(numbers["tasks"]))
+    write_json(numbers, json_file)
+    return numbers
 
 
 @app.command()
@@ -360,7 +379,7 @@ def demo(
     out.rule("verify", align="left")
     run_verify(output)
     out.rule("evaluate against the bf16 model on held-out text", align="left")
-    evaluation = run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512, json_file=None)
+    evaluation = run_evaluate(output, DEMO_MODEL, DEMO_HELDOUT, windows=24, length=512)
     write_report(output, evaluation)
     out.rule("generate", align="left")
     run_generate(output, "The old house on the hill", max_new_tokens=80, temperature=0.7, seed=0)
