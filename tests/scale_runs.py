@@ -72,12 +72,10 @@ def kill_after(process: multiprocessing.Process, seconds: float) -> bool:
     return alive
 
 
-MEASURED = {"timings.json", "report.html"}  # hold seconds and bytes, which differ from run to run
-
-
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of an output's files, but those that hold measurements."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name not in MEASURED}
+    """Hashes of an output's files, timings apart."""
+    measured = ("timings.json", "report.html")  # differ between identical runs
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name not in measured}
 
 
 def recorded(work: Path) -> list[str]:

@@ -135,13 +135,12 @@ def grouped_mm_alone(shape: Shape, calls: Sequence[Call], gate_up: Tensor, down:
 
 
 def measured_ceilings() -> tuple[float, float]:
-    """(bytes/s of a large copy, reads and writes counted; bf16 FLOP/s of a large product) of this GPU."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    copy = statistics.median(replay_times(captured(lambda: b.copy_(a)), 1))
+    """(bytes/s of reading a large tensor, bf16 FLOP/s of a large product) of this GPU."""
+    a = torch.randn(2**30, device="cuda")
+    read = statistics.median(replay_times(captured(a.sum), 1))
     m = torch.randn(8192, 8192, device="cuda").bfloat16()
     product = statistics.median(replay_times(captured(lambda: m @ m), 1))
-    return 2 * a.numel() / copy * 1e6, 2 * 8192**3 / product * 1e6
+    return 4 * a.numel() / read * 1e6, 2 * 8192**3 / product * 1e6
 
 
 def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:

@@ -289,6 +289,8 @@ def kmeans(values: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor]:
     indices uint8 [R, S]). A row with fewer than K distinct values repeats centroids; a row without weight is clustered
     as if all weights were equal.
     """
+    if K % 2:
+        raise ValueError(f"K: {K}, expected an even number of clusters")
     R, S = values.shape
     step = max(1, _CHUNK // S)
     parts = [

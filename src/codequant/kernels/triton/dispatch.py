@@ -25,6 +25,7 @@ class Tile:
     bytes: int  # packed bytes of a weight row per step: as many columns of each half
     warps: int
     stages: int
+    registers: int | None = None  # per thread at most, so that more programs share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ _GROUPED: dict[int, tuple[GroupedConfig, ...]] = {
     1: (
         GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
         GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
-        GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
-        GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
+        GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
+        GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
     ),
     2: (
         GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),

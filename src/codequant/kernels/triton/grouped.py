@@ -230,6 +230,6 @@ def grouped(
         TOP_K=top_k, G=G, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         BM=tokens, BN=tile.rows, BK=min(tile.bytes, triton.next_power_of_2(P // 2)), STAGES=tile.stages,
-        PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
+        PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
     )  # fmt: skip
     return out
