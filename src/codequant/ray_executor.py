@@ -32,7 +32,7 @@ class RayExecutor:
         self.ray = ray
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
-            size = {"num_cpus": workers} if address is None and "RAY_ADDRESS" not in os.environ else {}
+            size: dict[str, Any] = {"num_cpus": workers} if address is None and "RAY_ADDRESS" not in os.environ else {}
             try:
                 ray.init(address, log_to_driver=False, include_dashboard=False, **size)
             except (ConnectionError, ValueError, RuntimeError) as error:
