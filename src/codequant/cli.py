@@ -331,6 +331,20 @@ def inspect(folder: Folder, json_file: JsonFile = None) -> None:
     write_json(found.to_dict(), json_file)
 
 
+@app.command()
+def export(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="file (gguf) or folder (bf16) to write; must not exist")
+    ],
+    format: Annotated[str, typer.Option(help="gguf (Q8_0, exact) or bf16 (plain safetensors)")] = "gguf",
+) -> None:
+    """Write the quantized model for other engines; refuses by name what they cannot represent."""
+    from codequant.export import export as write
+
+    out.print(f"{write(folder, output, format)}: written", soft_wrap=True)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
