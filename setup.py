@@ -18,11 +18,13 @@ COMMON = (
     *("clustering", "error_feedback"),  # quantization
 )
 # One source per instruction set, with the flags of that source alone; the best is chosen at run time.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
 ISA = {
     "x86_64": {
         "avx2": ["-mavx2"],
         "avx_vnni": ["-mavx2", "-mavxvnni"],
-        "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+        "avx512_vnni": AVX512,
+        "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
     },
     "aarch64": {"neon": ["-march=armv8.2-a+dotprod"]},
 }.get(platform.machine(), {})
@@ -35,7 +37,7 @@ CONTRACTED = ("clustering", "error_feedback")
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "unix":
-            # No contraction: where only some processors make one instruction of a product and a sum, results differ.
+            # No contraction: a product and a sum that became one instruction would round otherwise than elsewhere.
             flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
             ext.extra_compile_args += [*flags, "-Wall", "-Wextra", "-Werror"]
             ext.extra_link_args += ["-pthread"]

@@ -168,6 +168,21 @@ def quantize_rtn_checkpoint(
     return dequantized
 
 
+def write_source(model: PreTrainedModel, folder: Path, shard_size: str = "60KB") -> Path:
+    """Write a model as a source folder: checkpoint names, several shards, a toy tokenizer."""
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    write_tokenizer(folder, model.config.vocab_size)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """One token per word: w3, w4, ..."""
+    words = {"[UNK]": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
 def _write(
     folder: Path,
     config: PretrainedConfig,
@@ -180,10 +195,7 @@ def _write(
     values.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     values.quantization_config = quantization.to_dict()
     values.save_pretrained(folder)
-    words = {"[UNK]": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
     names = sorted(tensors)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -49,7 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *FORMAT, *MODEL, *COMPUTE, *ALGORITHMS, *STAGES,
         *("recipe", "store", "executor", "source", "schemes", "working_layer", "weight_quantization"),
     },
+    "plan": {*FORMAT, "executor", "units"},
+    "ray_executor": {"errors", "recipe", "store", "executor", "source", "units"},
     "writing": {*FORMAT, "recipe", "store", "source", "units"},
+    # A finished folder in other engines.
+    **{engine: {*FORMAT, *COMPUTE, "checkpoint_names", "verification", "source"} for engine in ("export", "serving")},
 }  # fmt: skip
 # Where everything comes together; only cli is imported by nobody.
 EVERYTHING = {"__init__", "bench", "pipeline", "cli"}

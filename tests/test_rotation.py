@@ -3,6 +3,7 @@ import torch
 
 from codequant import rotation
 from codequant.hadamard import hadamard_matrix
+from codequant.kernels.reference import fake_quantize
 
 
 def outlier_samples(n: int, count: int = 600, seed: int = 0) -> torch.Tensor:
@@ -66,3 +67,15 @@ def test_cayley_is_orthogonal_and_starts_at_the_identity() -> None:
     free = torch.randn(7, 7, dtype=torch.float64)
     assert orthogonality_error(rotation.cayley(free - free.T)) < 1e-12
     assert torch.equal(rotation.cayley(torch.zeros(3, 3)), torch.eye(3))
+
+
+def test_squared_error_loss_is_the_error_of_rounding_and_falls_by_its_gradient() -> None:
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float().requires_grad_()
+    loss = rotation.squared_error_loss(x, 4)
+    expected = (fake_quantize(x.detach(), 4) - x.detach()).square().mean()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    samples = outlier_samples(24)
+    start = rotation.hadamard_start(rotation.random_orthogonal(24, seed=3), None, seed=0)
+    assert float((start @ start.T - torch.eye(24)).abs().max()) < 1e-12
+    fit = rotation.learn(samples, start, 60, 5e-3, 128, seed=0, loss=lambda y: rotation.squared_error_loss(y, 4))
+    assert fit.loss_after < 0.9 * fit.loss_before

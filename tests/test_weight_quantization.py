@@ -27,7 +27,7 @@ def layer(B: int, O: int, I: int, seed: int = 0, offset: float = 0.0) -> tuple[T
     return weight, inputs.mT @ inputs / (4 * I)
 
 
-@pytest.mark.parametrize("method", ["rtn", "kmeans", "hessian"])
+@pytest.mark.parametrize("method", ["rtn", "kmeans", "weighted", "hessian"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("B, O, I, group_size", [(2, 5, 33, -1), (1, 1, 1, -1), (3, 4, 66, 11), (2, 3, 70, 1)])
 def test_shapes_packing_and_error(method, bits, B, O, I, group_size):
@@ -47,7 +47,7 @@ def test_shapes_packing_and_error(method, bits, B, O, I, group_size):
         assert float((value - weight).abs().max()) <= 0.5 / 127 * 1.001 * float(weight.abs().max())
 
 
-@pytest.mark.parametrize("method", ["rtn", "kmeans", "hessian"])
+@pytest.mark.parametrize("method", ["rtn", "kmeans", "weighted", "hessian"])
 def test_an_empty_stack_gives_an_empty_result(method):
     q = quantize_weight(torch.empty(0, 4, 8), torch.empty(0, 8, 8), None, WeightOptions(method=method))
     assert (q.indices.shape, q.codebook.shape, q.step.shape) == ((0, 4, 8), (0, 4, 1, 16), (0, 4, 1))
@@ -74,7 +74,7 @@ def test_rounds_and_feedback_pay():
     assert errors[0] > errors[1] > errors[2]
 
 
-@pytest.mark.parametrize("method", ["rtn", "kmeans", "hessian"])
+@pytest.mark.parametrize("method", ["rtn", "kmeans", "weighted", "hessian"])
 def test_zero_rows_columns_and_dead_channels(method):
     weight, hessian = layer(2, 6, 40)
     weight[0, 2] = 0
@@ -102,7 +102,7 @@ def test_a_shared_hessian_equals_its_copies_and_stacks_are_independent():
 
 
 @pytest.mark.skipif(library() is None, reason="native library not built")
-@pytest.mark.parametrize("method", ["rtn", "kmeans", "hessian"])
+@pytest.mark.parametrize("method", ["rtn", "kmeans", "weighted", "hessian"])
 def test_threads_do_not_change_the_result(method):
     weight, hessian = layer(3, 150, 96)
     before = torch.get_num_threads()

@@ -117,6 +117,8 @@ def quantize(
     calibration: Annotated[
         str | None, typer.Option(help="text file (documents separated by three newlines) or .jsonl; default: bundled")
     ] = None,
+    executor: Annotated[str, typer.Option(help="local or ray: threads of this process, or a Ray cluster")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="of a running Ray cluster; default: one is started")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
     device: Device = "cpu",
     keep_work: Annotated[bool, typer.Option(help="keep the work folder after success")] = False,
@@ -125,7 +127,7 @@ def quantize(
 
     An interrupted run goes on where it stopped: type the same command again.
     """
-    run_quantize(source, output, recipe, overrides, calibration, workers, device, keep_work)
+    run_quantize(source, output, recipe, overrides, calibration, executor, ray_address, workers, device, keep_work)
     out.print(f"{output}: written. Next: codequant verify {output}", soft_wrap=True)
 
 
@@ -135,6 +137,8 @@ def run_quantize(
     recipe: str,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: str = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -154,6 +158,8 @@ def run_quantize(
                 recipe,
                 overrides=overrides,
                 calibration=calibration,
+                executor=executor,
+                ray_address=ray_address,
                 workers=workers,
                 device=device,
                 keep_work=keep_work,
@@ -166,6 +172,24 @@ def run_quantize(
                     f"interrupted: finished work is kept in {work}; the same command goes on from there", soft_wrap=True
                 )
             raise
+
+
+@app.command()
+def plan(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="bundled recipe or YAML file")] = "w4a8",
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Predict the memory, disk and time of a run from the config and the shards' headers; reads no weights."""
+    from codequant.pipeline import plan_run
+    from codequant.plan import as_table
+
+    found = plan_run(source, recipe, overrides=overrides, workers=workers, device=device)
+    out.print(as_table(found))
+    write_json(found.to_dict(), json_file)
 
 
 @app.command()

@@ -4,11 +4,11 @@ The graph is static, so which units are left to do follows from the manifest alo
 workers, walks back from the wanted results and skips every valid one on the way.
 """
 
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,10 +59,11 @@ class LocalExecutor:
     """Units on threads of this process. Each runs single-threaded kernels: results never depend on `workers`."""
 
     def __init__(self, run_unit: RunUnit, workers: int) -> None:
+        self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self.run_unit = run_unit
         self.capacity = workers
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="unit")
+        self.pool = ThreadPoolExecutor(workers, "unit", initializer=torch.set_num_threads, initargs=(1,))
         self.running: dict[Future[Record], Unit] = {}
 
     def submit(self, unit: Unit) -> None:
@@ -75,14 +76,19 @@ class LocalExecutor:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self.threads)
 
 
 def missing_units(units: Sequence[Unit], ledger: Ledger) -> list[Unit]:
-    """The units that must run, in order: kept ones that are not valid, and what those need, recursively."""
+    """The units that must run, in order: kept ones that are not valid, and what those need, recursively.
+
+    Also those that the manifest has lost (its lines can be damaged): the report is made of every unit's record.
+    """
     by_key = {unit.key: unit for unit in units}
     missing: set[str] = set()
     for unit in reversed(units):
-        if (unit.keep or unit.key in missing) and not ledger.valid(unit.key):
+        wanted = unit.keep or unit.key in missing
+        if unit.key not in ledger.records or (wanted and not ledger.valid(unit.key)):
             missing.add(unit.key)
             missing.update(need for need in unit.needs if need in by_key)
         else:
@@ -108,30 +114,39 @@ def run_units(
         if not unit.keep and unit.key not in consumers and unit.key not in waiting:
             ledger.release(unit.key)
     pending, running, total = dict(waiting), 0, len(todo)
-    while pending or running:
-        for key, unit in list(pending.items()):
-            if running >= executor.capacity:
-                break
-            if not any(need in waiting for need in unit.needs):
-                del pending[key]
-                executor.submit(unit)
-                running += 1
-        unit, record = executor.next_done()
-        running -= 1
-        ledger.record(record)
-        del waiting[unit.key]
-        for need in unit.needs:
-            consumers[need].discard(unit.key)
-            if not consumers[need] and need in released:
-                ledger.release(need)
-        listen(Progress(unit, total - len(waiting), total, record.measured["seconds"]))
+    try:
+        while pending or running:
+            for key, unit in list(pending.items()):
+                if running >= executor.capacity:
+                    break
+                if not any(need in waiting for need in unit.needs):
+                    del pending[key]
+                    executor.submit(unit)
+                    running += 1
+            running -= 1
+            unit, record = executor.next_done()
+            ledger.record(record)
+            del waiting[unit.key]
+            for need in unit.needs:
+                consumers[need].discard(unit.key)
+                if not consumers[need] and need in released:
+                    ledger.release(need)
+            listen(Progress(unit, total - len(waiting), total, record.measured["seconds"]))
+    except Exception:
+        for _ in range(running):  # one unit has failed; what the others have done is kept
+            with suppress(Exception):
+                ledger.record(executor.next_done()[1])
+        raise
 
 
 def measure(unit: Unit, function: Callable[[], tuple[dict[str, torch.Tensor], dict]], write: Callable) -> Record:
     """Run a unit's function, write its tensors and make its record."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.thread_time()
     tensors, info = function()
     digest, size = write(unit.key, tensors)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = round(time.perf_counter() - start, 4)
-    return Record(unit.key, digest, size, info, {"seconds": seconds, "peak_bytes": peak, "pid": os.getpid()})
+    measured = {
+        "seconds": round(time.perf_counter() - start, 4),
+        "cpu_seconds": round(time.thread_time() - cpu_start, 4),  # what the unit costs on a machine that is not shared
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return Record(unit.key, digest, size, info, measured)

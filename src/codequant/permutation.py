@@ -12,7 +12,7 @@ is small. On the demo model the mean clustering error falls by 1.1% (down) and 1
 1.2% and 0.7% at 2 bits, in single matrices by up to 14%; after the Hessian method 0.8%, 0.0%, 1.0% and 0.5% of it are
 left. The published grouping (a sub-group of high variance with several of low) moves it by +0.4% (down), -0.1% (o).
 
-Letters: O rows and I columns of the consumer, S columns per group, D channels of a head.
+Letters: O rows and I columns of the consumer, S columns per group, D channels of a block (a head).
 """
 
 from collections.abc import Sequence
@@ -65,34 +65,47 @@ def clustering_error(
     return (cost.double() * error.double().square()).sum((-3, -2, -1))
 
 
-def permute_pair(producers: Sequence[Tensor], consumer: Tensor, order: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Apply order [..., I] to channels: rows of the producers and columns of the consumer [..., O, I].
+def pair_order(
+    weight: Tensor,
+    column_weight: Tensor,
+    blocks: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    group_size: int,
+    bits: int,
+    threads: int | None = None,
+) -> Tensor:
+    """int64 [I]: an order of the columns of one consumer [O, I] that keeps each of them in its block.
 
-    A producer is a matrix [..., I, H] (gate, up, v), or a vector of the order's own shape [..., I] (a bias).
+    column_weight [I] as in `group_order`. blocks: (rows [D] of the producers, the column blocks [D] that read them), as
+    a ChannelPair has them: all channels of gate and up, or one value head with the query heads that share it. Column
+    blocks of one entry move alike. Where groups straddle blocks, or hold whole ones, the order is the identity.
     """
-    moved = []
-    for producer in producers:
-        if producer.shape == order.shape:
-            moved.append(producer.gather(-1, order))
-        else:
-            moved.append(producer.gather(-2, order.unsqueeze(-1).expand(producer.shape)))
-    return moved, consumer.gather(-1, order.unsqueeze(-2).expand(consumer.shape))
+    order = torch.arange(weight.shape[-1], device=weight.device)
+    for rows, columns in blocks:
+        if group_size == -1 or len(rows) % group_size:
+            continue
+        read = torch.cat([weight[:, c] for c in columns])  # [len(columns) * O, D]
+        cost = torch.cat([column_weight[c].expand(len(weight), -1) for c in columns])
+        within = group_order(read, cost, group_size, bits, threads)
+        for c in columns:
+            order[c] = c.to(order.device)[within]
+    return order
 
 
-def head_stack(weight: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """Columns of o, [O, heads * D] -> [kv_heads, (heads / kv_heads) * O, D]: one matrix per key-value head, its rows
-    all that read one of the head's channels. Query heads of one group are adjacent, so channel d of kv head h is read
-    in columns (h * heads / kv_heads + r) * D + d."""
-    O = weight.shape[0]
-    repeats = heads // kv_heads
-    return weight.view(O, kv_heads, repeats, -1).permute(1, 2, 0, 3).reshape(kv_heads, repeats * O, -1)
+def producer_order(order: Tensor, row_of_column: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: how a producer's rows move with the consumer's columns, order [I]; column j reads
+    row_of_column[j]. Rows that no column reads stay."""
+    row_of_column = row_of_column.to(order.device)
+    moved = torch.arange(rows, device=order.device)
+    moved[row_of_column] = row_of_column[order]
+    return moved
 
 
-def head_orders(order: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """order int64 [kv_heads, D] within each key-value head -> (of the rows of v [kv_heads * D], of the columns of o
-    [heads * D])."""
-    kv_heads, D = order.shape
-    columns = order.repeat_interleave(heads // kv_heads, dim=0)  # [heads, D]
-    row_start = D * torch.arange(kv_heads, device=order.device).unsqueeze(-1)
-    column_start = D * torch.arange(heads, device=order.device).unsqueeze(-1)
-    return (order + row_start).flatten(), (columns + column_start).flatten()
+def move_rows(tensor: Tensor, order: Tensor) -> Tensor:
+    """tensor [..., I, *rest] along the last dimension of order [..., I]: a producer's weight, bias or codebooks."""
+    index = order.view(*order.shape, *[1] * (tensor.dim() - order.dim()))
+    return tensor.gather(order.dim() - 1, index.expand(*order.shape, *tensor.shape[order.dim() :]))
+
+
+def move_columns(tensor: Tensor, order: Tensor) -> Tensor:
+    """tensor [..., O, I] along its last dimension by order [..., I]: weights of a consumer."""
+    return tensor.gather(-1, order.unsqueeze(-2).expand(tensor.shape))

@@ -4,17 +4,17 @@ Everything that can be wrong with the input is found before any work starts; the
 at a time; the output appears under its name only when it is whole.
 """
 
+import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,11 +22,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
-from codequant.executor import LocalExecutor, Progress, run_units
+from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.plan import Plan, disk_bytes, plan, workers_that_fit
+from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
 from codequant.report import write_report
 from codequant.source import SourceModel, resolve
-from codequant.store import Ledger, Store, file_sha256, write_atomically
+from codequant.store import Ledger, Store, versions, write_atomically
 from codequant.units import WINDOWS, Context, graph, run_unit
 from codequant.writing import write_output
 
@@ -43,6 +45,8 @@ def quantize(
     *,
     overrides: list[str] | None = None,
     calibration: str | Path | None = None,
+    executor: str = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
     keep_work: bool = False,
@@ -52,7 +56,8 @@ def quantize(
 
     source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
     of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
-    demo text that comes with the package. workers: units of work at a time, by default one per CPU core (one on a GPU).
+    demo text that comes with the package. executor: units of work on threads of this process, or on a Ray cluster, by
+    default one that is started here. workers: units of work at a time, by default one per CPU core (one on a GPU).
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
     stopped. Raises InputError for anything wrong with the input, before any work starts.
@@ -60,6 +65,7 @@ def quantize(
     out = check_output(Path(out))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     check_device(device)
+    check_executor(executor, ray_address)
     model = SourceModel(resolve(source))
     tokens = calibration_windows(model, chosen.calibration, calibration)
     chosen = with_windows(chosen, len(tokens))
@@ -69,22 +75,46 @@ def quantize(
     check_disk(context, out.parent)
     files = scan_source(model, work)
 
-    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens)))
+    ledger = Ledger(work, identity(model, chosen, files, content_hash(tokens), device))
     try:
         write_atomically(work / SCAN, json.dumps(files))
         ledger.put(WINDOWS, {"windows": tokens.to(torch.int32)})
-        executor = LocalExecutor(lambda unit: run_unit(context, unit), workers or default_workers(device))
+        runner = make_executor(executor, context, workers or default_workers(context), ray_address)
         try:
-            run_units(graph(context), ledger, executor, listen)
+            run_units(graph(context), ledger, runner, listen)
         finally:
-            executor.close()
+            runner.close()
         write_output(out, context, ledger, provenance(model, chosen, files, tokens))
+        if not keep_work:
+            shutil.rmtree(work, ignore_errors=True)  # before the lock goes, so that no other run moves in
+    except OSError as error:
+        raise InputError(f"{error}; finished work is kept in {work}, the same command goes on from there") from error
     finally:
         ledger.close()
-    if not keep_work:
-        shutil.rmtree(work, ignore_errors=True)
     draw_report(out)
     return out
+
+
+def make_executor(kind: str, context: Context, workers: int, ray_address: str | None) -> Executor:
+    if kind == "ray":
+        return RayExecutor(context, workers, ray_address)
+    return LocalExecutor(lambda unit: run_unit(context, unit), workers)
+
+
+def plan_run(
+    source: str | Path,
+    recipe: str | Path | Recipe = "w4a8",
+    *,
+    overrides: list[str] | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """What `quantize` with these arguments will need, with as many calibration windows as the recipe asks for."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    check_device(device)
+    context = Context(SourceModel(resolve(source)), chosen, Store(Path()), device)
+    check_supported(context)
+    return plan(context, workers or default_workers(context))
 
 
 def draw_report(out: Path) -> None:
@@ -122,13 +152,31 @@ def check_device(device: str) -> None:
         )
 
 
-def default_workers(device: str) -> int:
-    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+def check_executor(kind: str, ray_address: str | None) -> None:
+    if kind not in ("local", "ray"):
+        raise InputError(f"executor: {kind!r}, expected local or ray")
+    if kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError("executor: ray is not installed, `pip install 'codequant[ray]'` installs it")
+    if kind != "ray" and ray_address is not None:
+        raise InputError(f"ray address: {ray_address!r} with executor {kind!r}, expected executor ray")
+
+
+def default_workers(context: Context) -> int:
+    """One per CPU core as far as their units fit in memory; one on a GPU."""
+    if context.device.type != "cpu":
+        return 1
+    return workers_that_fit(context, len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
 
 
 def check_supported(context: Context) -> None:
     """Layers must be quantizable, and, unless the recipe says otherwise, their residual stream rotatable."""
     _ = context.config  # group sizes
+    if context.recipe.finetuning.epochs and context.window_shards < 2:
+        raise InputError(
+            f"finetuning.epochs: {context.recipe.finetuning.epochs}, but calibration.windows_per_unit is "
+            f"{context.recipe.calibration.windows_per_unit} of {context.recipe.calibration.windows} windows, expected "
+            "at most half of them, so that one unit can be held out"
+        )
     if context.rotates:
         for name, structure in zip(context.source.layer_names, context.source.structures):
             if structure.obstacles:
@@ -167,24 +215,13 @@ def with_windows(recipe: Recipe, count: int) -> Recipe:
 
 
 def check_disk(context: Context, folder: Path) -> None:
-    """Enough room for hidden states, one layer's intermediate results and the output."""
-    needed, free = disk_bytes(context), shutil.disk_usage(folder).free
+    """Enough room for hidden states, intermediate results and the output, beside what an interrupted run has left."""
+    found = sum(path.stat().st_size for path in context.store.folder.rglob("*") if path.is_file())
+    needed, free = disk_bytes(context), found + shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"disk: {free / 1e9:.1f} GB free in {folder}, expected about {needed / 1e9:.1f} GB for the work and output"
+            f"disk: {free / 1e9:.2f} GB free in {folder}, expected about {needed / 1e9:.2f} GB for the work and output"
         )
-
-
-def disk_bytes(context: Context) -> int:
-    """Upper estimate of what a run keeps on disk at its fullest."""
-    recipe, source = context.recipe, context.source
-    stream = recipe.calibration.windows * recipe.calibration.length * source.hidden_size * 4
-    samples = recipe.rotation.samples * source.hidden_size * 2
-    stored = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-    model = sum(stored.get(e.dtype, 1) * math.prod(e.shape) for e in source.checkpoint.entries.values())
-    # the teacher's states at every layer, the student's and the experts' inputs at one; the output is no larger than
-    # the source
-    return stream * (source.num_layers + 1 + 4) + samples + model
 
 
 def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
@@ -192,33 +229,34 @@ def scan_source(model: SourceModel, work: Path) -> dict[str, dict[str, Any]]:
 
     Files whose size and time have not changed since an interrupted run are not read again.
     """
-    known = json.loads((work / SCAN).read_text()) if (work / SCAN).is_file() else {}
+    try:
+        known = json.loads((work / SCAN).read_bytes())
+    except (OSError, ValueError):
+        known = {}
 
     def scan(file: str) -> tuple[str, dict[str, Any]]:
-        path = model.folder / file
-        stamp = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        status = (model.folder / file).stat()
+        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         if (entry := known.get(file)) is not None and stamp.items() <= entry.items():
             return file, entry
-        model.checkpoint.check_finite(file)
-        return file, {**stamp, "sha256": file_sha256(path)}
+        return file, {**stamp, "sha256": model.checkpoint.scan(file)}
 
-    with ThreadPoolExecutor(default_workers("cpu")) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return dict(pool.map(scan, model.checkpoint.files))
 
 
-def identity(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str) -> dict[str, Any]:
+def identity(
+    model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], calibration: str, device: str
+) -> dict[str, Any]:
     """What every result depends on. A work folder is only continued by a run with the same."""
     return {
         "source": {file: entry["sha256"] for file, entry in files.items()},
-        "source config": model.config.to_json_string(),
+        "source config": json.loads(model.config.to_json_string()),
         "recipe": recipe.model_dump(),
         "calibration": calibration,
+        "device": torch.device(device).type,  # sums are in another order there
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("codequant", "torch", "transformers")}
 
 
 def provenance(model: SourceModel, recipe: Recipe, files: dict[str, dict[str, Any]], tokens: Tensor) -> dict[str, Any]:

@@ -34,7 +34,12 @@ class Calibration(Stage):
 
 class Rotation(Stage):
     method: Literal["learned", "none"] = "learned"
-    steps: int = Field(300, ge=0, description="0: the training-free Hadamard aligned with the outlier direction")
+    start: Literal["aligned", "hadamard", "random"] = Field(
+        "aligned",
+        description="a Hadamard matrix that sends the outlier direction to all ones; baselines for comparison",
+    )
+    loss: Literal["range", "squared-error"] = Field("range", description="of cached activations; baseline: their error")
+    steps: int = Field(300, ge=0, description="0: the start itself, no training")
     learning_rate: float = Field(2e-3, gt=0)
     batch: int = Field(3072, gt=0, description="cached activations per step, all sites together")
     samples: int = Field(131072, gt=0, description="cached activations, all sites together")
@@ -43,15 +48,20 @@ class Rotation(Stage):
 
 
 class Permutation(Stage):
-    enabled: bool = Field(True, description="sort input channels of o and down where they are quantized in groups")
+    enabled: bool = Field(True, description="order input channels of o and down where they are quantized in groups")
 
 
 class Weights(Stage):
     bits: Bits = 4
     group_size: int = Field(-1, description="input channels that share a codebook; -1: a whole row")
-    method: Literal["hessian", "kmeans", "rtn"] = "hessian"
+    method: Literal["hessian", "weighted", "kmeans", "rtn"] = "hessian"
     coverage: Literal["all", "normed-inputs"] = Field(
         "all", description="normed-inputs: only matrices that read the normed residual (the paper's q, k, v, gate, up)"
+    )
+    inputs: Literal["quantized", "source"] = Field(
+        "quantized",
+        description="what a layer is calibrated on: the quantized model's hidden states, layer after layer, or the "
+        "source model's, which lets all layers be worked on at once",
     )
     router: bool = Field(False, description="quantize the router too")
     rounds: int = Field(2, ge=0, description="rounds of least-squares centroids and coordinate descent")
@@ -73,11 +83,11 @@ class Activations(Stage):
 
 
 class FineTuning(Stage):
-    steps: int = Field(0, ge=0, description="Adam steps on the centroids of each block; 0 skips the stage")
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(0, ge=0, description="passes over the windows, at most, for each block; 0 skips the stage")
+    learning_rate: float = Field(3e-3, gt=0, description="relative to the size of a row's centroids")
+    patience: int = Field(2, ge=1, description="epochs without a better held-out loss before giving up")
     router_weight: float = Field(1.0, ge=0, description="lambda of the router KL (paper: 1)")
     held_out: Fraction = Field(0.25, description="share of the windows that decides whether the result is kept")
-    seed: int = 0
 
 
 class Recipe(Stage):

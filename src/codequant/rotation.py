@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codequant.kernels.reference import fake_quantize
+
 METHODS = ("learned", "hadamard", "none")
 
 
@@ -41,16 +43,26 @@ def householder_to(source: Tensor, target: Tensor) -> Tensor:
     return identity - 2 * torch.outer(v, v)
 
 
-def hadamard_start(hadamard: Tensor, aligned_with: Tensor, seed: int) -> Tensor:
+def random_orthogonal(n: int, seed: int) -> Tensor:
+    """float64 [n, n], uniformly distributed: the published method's start, for comparisons."""
+    gaussian = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
+
+
+def hadamard_start(hadamard: Tensor, aligned_with: Tensor | None, seed: int) -> Tensor:
     """The training-free rotation `dchad`: float64 [n, n] with aligned_with @ R = ones / sqrt(n).
 
-    hadamard [n, n] is any orthogonal matrix of flat entries, aligned_with [n] a direction. Rows get random signs first.
-    For a LayerNorm model pass aligned_with = ones: R then keeps the all-ones vector, as folding requires.
+    hadamard [n, n] is any orthogonal matrix of flat entries, aligned_with [n] a direction, or None for no alignment.
+    Rows get random signs first. For a LayerNorm model pass aligned_with = ones: R then keeps the all-ones vector, as
+    folding requires.
     """
     n = len(hadamard)
     generator = torch.Generator().manual_seed(seed)
     signs = (torch.randint(0, 2, (n,), generator=generator) * 2 - 1).to(torch.float64)
     base = signs[:, None] * hadamard.double().cpu()
+    if aligned_with is None:
+        return base
     ones = torch.full((n,), n**-0.5, dtype=torch.float64)
     direction = aligned_with.double().cpu()
     return base @ householder_to(base.T @ (direction / direction.norm()), ones)
@@ -66,6 +78,17 @@ def strongest_direction(samples: Tensor) -> Tensor:
 def range_loss(x: Tensor) -> Tensor:
     """Mean squared width of the per-token range: x [N, H] -> scalar. Proportional to the squared quantization step."""
     return (x.amax(-1) - x.amin(-1)).square().mean()
+
+
+def squared_error_loss(x: Tensor, bits: int) -> Tensor:
+    """Mean squared error of x [N, H] under per-token min-max rounding to `bits`: the published objective.
+
+    The error is step * residual; what was rounded away counts as a constant, so the gradient is that of the step.
+    """
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / (2**bits - 1)
+    with torch.no_grad():
+        residual = (fake_quantize(x, bits) - x) / step.clamp_min(torch.finfo(x.dtype).tiny)
+    return (step * residual).square().mean()
 
 
 def cayley(skew: Tensor) -> Tensor:
@@ -87,10 +110,11 @@ def learn(
     learning_rate: float,
     batch: int,
     seed: int,
+    loss: Callable[[Tensor], Tensor] = range_loss,
     keep_ones: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> RotationFit:
-    """Minimise `range_loss` of samples @ R over rotations near `start`.
+    """Minimise `loss` of samples @ R over rotations near `start`.
 
     samples: [N, H], float16 or float32; one row per cached normed residual (all sites pooled; rows have unit rms, so
     every site counts the same). start: float64 [H, H]. Each step draws `batch` rows with the given seed.
@@ -105,7 +129,7 @@ def learn(
     start32 = start.float().to(device)
 
     def held_out_loss(rotation: Tensor) -> float:
-        return float(range_loss(held_out @ rotation.float().to(device)))
+        return float(loss(held_out @ rotation.float().to(device)))
 
     before = held_out_loss(start)
     if steps == 0:
@@ -124,12 +148,12 @@ def learn(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         rows = train[torch.randint(len(train), (min(batch, len(train)),), generator=generator)]
-        loss = range_loss(samples[rows.to(device)].float() @ rotation_of(free))
+        value = loss(samples[rows.to(device)].float() @ rotation_of(free))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
         if progress is not None:
-            progress(step + 1, float(loss.detach()))
+            progress(step + 1, float(value.detach()))
     with torch.no_grad():
         learned = nearest_orthogonal(rotation_of(free)).cpu()
     if keep_ones:  # exactly, not only to the rounding of float32 steps

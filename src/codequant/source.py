@@ -5,13 +5,15 @@ does) are dequantized on the way; other quantized sources are refused by name.
 """
 
 import copy
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+import mmap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,7 +30,22 @@ from codequant.structure import ExpertsStructure, LayerStructure
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+CHUNK = 1 << 22  # bytes, whole elements of every type
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # tokenizer and generation files
 
 
@@ -39,27 +56,44 @@ class Entry:
     file: str
     dtype: str  # safetensors name
     shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+
+    @property
+    def is_block_quantized(self) -> bool:
+        return self.dtype == "F8_E4M3"
 
 
 class Checkpoint:
-    """A folder of safetensors shards: every tensor by name, read one at a time."""
+    """A folder of safetensors shards: every tensor by name, read one at a time.
 
-    def __init__(self, folder: Path) -> None:
+    block: rows and columns that share a scale in FP8 matrices, None where the source has none.
+    """
+
+    def __init__(self, folder: Path, block: tuple[int, int] | None = None) -> None:
         self.folder = folder
+        self.block = block
         self.entries: dict[str, Entry] = {}
         for file, expected in self._files().items():
             path = folder / file
             if not path.is_file():
                 raise InputError(f"{file}: missing, expected the shard that {INDEX} names in {folder}")
             try:
-                with safe_open(path, "pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118  a safe_open handle is no mapping
-                        view = shard.get_slice(name)
-                        self.entries[name] = Entry(file, view.get_dtype(), tuple(view.get_shape()))
+                with safe_open(path, "pt"):  # checks the header against the length of the file
+                    pass
+                self.entries |= read_header(path)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from error
             if lost := sorted(expected - self.entries.keys()):
                 raise InputError(f"{file}: tensor {lost[0]} is missing, {INDEX} says that it is there")
+        for name, entry in self.entries.items():
+            if entry.dtype not in DTYPES:
+                raise InputError(f"{name}: type {entry.dtype} in {entry.file}, expected one of {', '.join(DTYPES)}")
+            if entry.is_block_quantized and (block is None or f"{name}_scale_inv" not in self.entries):
+                raise InputError(
+                    f"{name}: {entry.dtype} without {name}_scale_inv and a weight_block_size in config.json, expected "
+                    "FP8 in blocks with scales"
+                )
 
     def _files(self) -> dict[str, set[str]]:
         """Shard file names with the tensors that the index expects in each."""
@@ -83,51 +117,130 @@ class Checkpoint:
     def files(self) -> list[str]:
         return sorted({entry.file for entry in self.entries.values()})
 
-    @contextmanager
-    def reading(self) -> Iterator[Callable[..., Tensor]]:
-        """A function `read(name, index=())` on memory-mapped shards, which are unmapped when the block ends."""
-        handles: dict[str, Any] = {}
-
-        def raw(name: str, index: tuple = ()) -> Tensor:
-            entry = self.entry(name)
-            if entry.file not in handles:
-                handles[entry.file] = safe_open(self.folder / entry.file, "pt")
-            view = handles[entry.file]
-            return view.get_slice(name)[index] if index else view.get_tensor(name)
-
-        def read(name: str, index: tuple = ()) -> Tensor:
-            if name not in self.entries and f"{name}_blocks" in self.entries:
-                return dequantize_mxfp4(raw(f"{name}_blocks", index), raw(f"{name}_scales", index))
-            if self.entry(name).dtype.startswith("F8"):
-                return dequantize_fp8(raw(name), raw(f"{name}_scale_inv"))[index or ...]
-            return raw(name, index)
-
-        try:
-            yield read
-        finally:
-            handles.clear()
-
     def entry(self, name: str) -> Entry:
         try:
             return self.entries[name]
         except KeyError:
             raise InputError(f"{name}: no such tensor in {self.folder}, the model's configuration needs it") from None
 
-    def check_finite(self, file: str) -> None:
-        """Raise InputError naming the first tensor of a shard that holds NaN or infinity."""
-        with safe_open(self.folder / file, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                tensor = shard.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    raise InputError(f"{name}: holds NaN or infinity in {file}, expected finite weights")
+    def stores(self, name: str) -> bool:
+        return name in self.entries or f"{name}_blocks" in self.entries
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` returns: the stored type, bfloat16 where it dequantizes."""
+        if f"{name}_blocks" in self.entries or self.entry(name).is_block_quantized:
+            return torch.bfloat16
+        return DTYPES[self.entry(name).dtype]
+
+    def read(self, name: str, index: tuple = ()) -> Tensor:
+        """A tensor or a slice of it, memory-mapped: only what is looked at is read. Quantized ones are dequantized."""
+        if name not in self.entries and f"{name}_blocks" in self.entries:
+            blocks, scales = (self._map(f"{name}_{part}")[index or ...] for part in ("blocks", "scales"))
+            return dequantize_mxfp4(blocks, scales)
+        if self.entry(name).is_block_quantized:
+            assert self.block is not None
+            return dequantize_fp8(self._map(name), self._map(f"{name}_scale_inv"), self.block)[index or ...]
+        return self._map(name)[index or ...]
+
+    def _map(self, name: str) -> Tensor:
+        """The stored tensor on pages of its own, which are unmapped with it; a whole shard may exceed memory."""
+        entry = self.entry(name)
+        if not entry.size:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        start = entry.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skip = entry.offset - start
+        with (self.folder / entry.file).open("rb") as file:
+            pages = mmap.mmap(file.fileno(), skip + entry.size, access=mmap.ACCESS_COPY, offset=start)
+        flat = torch.frombuffer(pages, dtype=DTYPES[entry.dtype], offset=skip, count=math.prod(entry.shape))
+        return flat.view(entry.shape)
+
+    def scan(self, file: str) -> str:
+        """SHA-256 of a shard, read once from end to end; raises InputError naming a tensor with NaN or infinity."""
+        digest = hashlib.sha256()
+        buffer = bytearray(CHUNK)
+        entries = sorted((e.offset, name, e) for name, e in self.entries.items() if e.file == file)
+        with (self.folder / file).open("rb") as stream:
+            for offset, name, entry in entries:
+                for _ in _pieces(stream, buffer, offset - stream.tell(), digest):
+                    pass
+                for piece in _pieces(stream, buffer, entry.size, digest):
+                    if not _is_finite(piece, name, entry):
+                        raise InputError(f"{name}: holds NaN or infinity in {file}, expected finite weights")
+            for _ in _pieces(stream, buffer, (self.folder / file).stat().st_size - stream.tell(), digest):
+                pass
+        return digest.hexdigest()
+
+    def copy_raw(self, names: Iterable[str], path: Path) -> None:
+        """Write tensors to a new shard exactly as they are stored, whatever their size."""
+        entries = {name: self.entries[name] for name in names}
+
+        def pieces() -> Iterator[memoryview]:
+            for entry in entries.values():
+                with (self.folder / entry.file).open("rb") as stream:
+                    stream.seek(entry.offset)
+                    yield from _pieces(stream, bytearray(CHUNK), entry.size)
+
+        write_shard(path, {name: (e.dtype, e.shape, e.size) for name, e in entries.items()}, pieces())
 
 
-def dequantize_fp8(weight: Tensor, scale_inv: Tensor) -> Tensor:
-    """DeepSeek-V3 blocks: float8 [O, I] times float32 scale_inv [ceil(O / 128), ceil(I / 128)] -> bfloat16."""
+def write_shard(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]], data: Iterable[Any]) -> None:
+    """A safetensors file of tensors (type, shape, bytes) whose buffers come one after another, never all in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end := end + size)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in data:
+            out.write(piece)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file that `safe_open` accepts."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(path.name, e["dtype"], tuple(e["shape"]), 8 + length + start, end - start)
+        for name, e in header.items()
+        for start, end in [e["data_offsets"]]
+    }
+
+
+def _pieces(stream: BinaryIO, buffer: bytearray, size: int, digest: Any = None) -> Iterator[memoryview]:
+    """The next `size` bytes of a stream, a bufferful at a time."""
+    while size > 0:
+        piece = memoryview(buffer)[: min(size, len(buffer))]
+        if stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+            raise InputError(f"{stream.name}: became shorter while it was read, expected a file that stays as it is")
+        if digest is not None:
+            digest.update(piece)
+        size -= len(piece)
+        yield piece
+
+
+def _is_finite(piece: memoryview, name: str, entry: Entry) -> bool:
+    if name.endswith("_scales") and entry.dtype == "U8":
+        return 255 not in bytes(piece)  # E8M0: all ones is NaN
+    values = torch.frombuffer(piece, dtype=DTYPES[entry.dtype])
+    if not values.is_floating_point():
+        return True
+    if values.itemsize == 1:  # float8 has no kernels of its own
+        values = values.float()
+    return bool(torch.isfinite(values).all())
+
+
+def dequantize_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
+    """DeepSeek-V3: float8 [O, I] times scale_inv [O / rows, I / columns], rounded up, for block (rows, columns).
+
+    Returns bfloat16 [O, I].
+    """
     O, I = weight.shape
-    rows, columns = -(-O // scale_inv.shape[0]), -(-I // scale_inv.shape[1])
-    block = 1 << (max(rows, columns) - 1).bit_length()  # the last block of a dimension may be cut off
-    scale = scale_inv.repeat_interleave(block, 0)[:O].repeat_interleave(block, 1)[:, :I]
+    rows, columns = block
+    scale = scale_inv.float().repeat_interleave(rows, 0)[:O].repeat_interleave(columns, 1)[:, :I]
     return (weight.float() * scale).to(torch.bfloat16)
 
 
@@ -175,9 +288,17 @@ def load_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method not in (None, "fp8", "mxfp4"):
-        raise InputError(f"quantization_config: quant_method {method!r}, expected an unquantized, fp8 or mxfp4 source")
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method")
+        if method not in ("fp8", "mxfp4"):
+            raise InputError(
+                f"quantization_config: quant_method {method!r}, expected an unquantized, fp8 or mxfp4 source"
+            )
+        if method == "fp8" and len(quantization.get("weight_block_size") or ()) != 2:
+            raise InputError(
+                f"quantization_config: weight_block_size {quantization.get('weight_block_size')!r}, expected FP8 in "
+                "blocks of rows and columns, as DeepSeek-V3 stores it"
+            )
     return config
 
 
@@ -215,7 +336,8 @@ class SourceModel:
             raise InputError(
                 f"{folder}: model_type {self.config.model_type!r} is no causal language model ({reason})"
             ) from error
-        self.checkpoint = Checkpoint(folder)
+        block = (getattr(self.config, "quantization_config", None) or {}).get("weight_block_size")
+        self.checkpoint = Checkpoint(folder, block and tuple(block))
         self.base: nn.Module = self.model.base_model
         if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
             raise InputError(f"{folder}: {type(self.base).__name__} has no `layers`, expected a decoder-only model")
@@ -232,16 +354,15 @@ class SourceModel:
             raise InputError(f"{folder}: {len(final)} norms after the last layer, expected one")
         self.norm_name = names[id(self.base.get_submodule(final[0]))]
         self.sources: dict[str, list[TensorSource]] = parameter_sources(self.model)
-        if unknown := [s.name for e in self.sources.values() for s in e if not self._stored(s.name)]:
+        needed = [source for entries in self.sources.values() for source in entries]
+        if missing := [source.name for source in needed if not self.checkpoint.stores(source.name)]:
             raise InputError(
-                f"{unknown[0]}: no such tensor in {folder} ({len(unknown)} are missing), the config needs it"
+                f"{missing[0]}: no such tensor in {folder} ({len(missing)} are missing), the config needs it"
             )
-        for name, entry in self.checkpoint.entries.items():
-            if entry.dtype.startswith("F8") and f"{name}_scale_inv" not in self.checkpoint.entries:
-                raise InputError(f"{name}: {entry.dtype} without {name}_scale_inv, expected FP8 blocks with scales")
-
-    def _stored(self, name: str) -> bool:
-        return name in self.checkpoint.entries or f"{name}_blocks" in self.checkpoint.entries
+        for source in needed:
+            entry = self.checkpoint.entries.get(source.name)
+            if entry is not None and entry.shape != source.shape:
+                raise InputError(f"{source.name}: shape {entry.shape} in {entry.file}, the config needs {source.shape}")
 
     @property
     def hidden_size(self) -> int:
@@ -254,9 +375,8 @@ class SourceModel:
     @property
     def dtype(self) -> torch.dtype:
         """What unquantized tensors are stored in."""
-        stored = self.checkpoint.entries.get(f"{self.embedding_name}.weight")
-        names = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
-        return names.get(stored.dtype if stored else "BF16", torch.bfloat16)
+        dtype = self.checkpoint.dtype(self.sources[f"{self.embedding_name}.weight"][0].name)
+        return torch.float32 if dtype == torch.float64 else dtype
 
     @property
     def is_tied(self) -> bool:
@@ -294,21 +414,20 @@ class SourceModel:
     def read(self, parameter: str, dtype: torch.dtype | None = None, index: slice | None = None) -> Tensor:
         """A model parameter in its fused layout; `index` picks a run of experts of a fused one."""
         entries = self.sources[parameter]
-        with self.checkpoint.reading() as read:
-            if entries[0].index == ():
-                tensor = read(entries[0].name, () if index is None else (index,))
-                return tensor.to(dtype or tensor.dtype, copy=True)
-            experts = range(*(index or slice(None)).indices(1 + max(int(e.index[0]) for e in entries)))
-            shape = self.model.get_parameter_or_buffer(parameter).shape
-            fused: Tensor | None = None
-            for entry in entries:
-                expert, *rest = entry.index
-                if expert not in experts:
-                    continue
-                part = read(entry.name)
-                if fused is None:
-                    fused = torch.empty(len(experts), *shape[1:], dtype=dtype or part.dtype)
-                fused[(experts.index(expert), *rest)] = part.to(fused.dtype)
+        if entries[0].index == ():
+            tensor = self.checkpoint.read(entries[0].name, () if index is None else (index,))
+            return tensor.to(dtype or tensor.dtype, copy=True)
+        experts = range(*(index or slice(None)).indices(1 + max(int(e.index[0]) for e in entries)))
+        shape = self.model.get_parameter_or_buffer(parameter).shape
+        fused: Tensor | None = None
+        for entry in entries:
+            expert, *rest = entry.index
+            if expert not in experts:
+                continue
+            part = self.checkpoint.read(entry.name)
+            if fused is None:
+                fused = torch.empty(len(experts), *shape[1:], dtype=dtype or part.dtype)
+            fused[(experts.index(expert), *rest)] = part.to(fused.dtype)
         assert fused is not None
         return fused
 

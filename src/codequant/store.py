@@ -2,7 +2,7 @@
 
     OUT.codequant-work/
       identity.json        what the results depend on: source files, recipe, calibration text, versions
-      manifest.jsonl       append-only, one line per event: a unit's record, or its release
+      manifest.jsonl       append-only, one line per event: a unit's record, or its release, with a checksum of the line
       units/KEY.safetensors
       lock                 held while a run is alive
 
@@ -16,10 +16,13 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -42,6 +45,11 @@ class Record:
     size: int  # bytes
     info: dict[str, Any] = field(default_factory=dict)  # what the report shows; a pure function of the unit
     measured: dict[str, float] = field(default_factory=dict)  # seconds, peak bytes; differs from run to run
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the bytes of a result."""
+    return {name: version(name) for name in ("codequant", "torch", "transformers")}
 
 
 def file_sha256(path: Path) -> str:
@@ -93,6 +101,11 @@ class Store:
         with safe_open(self.path(key), "pt") as file:
             return {name: file.get_tensor(name).clone() for name in names or file.keys()}
 
+    def map(self, key: str) -> dict[str, Tensor]:
+        """All tensors of a result on memory-mapped pages: what is not looked at is not read."""
+        with safe_open(self.path(key), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, no mapping
+
     def read_part(self, key: str, name: str, index: tuple) -> Tensor:
         """One tensor of a result, or a slice of it."""
         with safe_open(self.path(key), "pt") as file:
@@ -111,55 +124,43 @@ class Ledger:
         try:
             self.store.units.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"work folder: {folder} cannot be made ({error})") from error
-        self._lock()
-        self._check_identity(identity)
-        self.records: dict[str, Record] = {}
-        self._checked: set[str] = set()
-        self._replay()
-        self._manifest = (folder / "manifest.jsonl").open("a")
-
-    def _lock(self) -> None:
+            raise InputError(f"work folder: {folder} cannot be made ({error.strerror})") from error
+        self._lock = lock(folder)
         try:
-            self._lock_file = (self.folder / "lock").open("a")
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"work folder: {self.folder} is in use by another run, wait for it or choose another OUT"
-            ) from error
-        except OSError as error:
-            raise InputError(f"work folder: {self.folder} is not writable ({error.strerror})") from error
+            check_identity(folder, identity)
+            for leftover in (*folder.glob(".*.tmp"), *self.store.units.glob(".*.tmp")):  # of processes that were killed
+                leftover.unlink(missing_ok=True)
+            self._checked: set[str] = set()
+            self.records: dict[str, Record] = self._replay()
+            self._manifest = self._manifest_path.open("a")
+        except BaseException:
+            self._lock.close()
+            raise
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
-        path = self.folder / "identity.json"
-        if path.is_file():
-            found = json.loads(path.read_text())
-            for name, value in identity.items():
-                if found.get(name) != value:
-                    raise InputError(
-                        f"work folder: {self.folder} belongs to a run with another {name} "
-                        f"({_short(found.get(name))} there, {_short(value)} now); remove it or choose another OUT"
-                    )
-        else:
-            write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
+    @property
+    def _manifest_path(self) -> Path:
+        return self.folder / "manifest.jsonl"
 
-    def _replay(self) -> None:
-        path = self.folder / "manifest.jsonl"
+    def _replay(self) -> dict[str, Record]:
+        """The last record of every unit. Lines that do not match their checksum are as good as never written."""
+        path = self._manifest_path
         if not path.is_file():
-            return
+            return {}
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):  # a line that a crash cut off: its unit is computed again
-            with path.open("rb+") as file:
-                file.truncate(len(whole))
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            record = Record(**entry)
-            self.records[record.key] = record
+        if len(whole) < len(raw):  # a line that a crash cut off
+            os.truncate(path, len(whole))
+        records = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            if (record := _parse(line)) is not None:
+                records[record.key] = record
+            else:
+                log.warning("%s: line %d is damaged, what it listed is computed again", path.name, number)
+        return records
 
     def _append(self, record: Record) -> None:
         self.records[record.key] = record
-        self._manifest.write(json.dumps(asdict(record), sort_keys=True) + "\n")
+        self._manifest.write(_line(record))
         self._manifest.flush()
         os.fsync(self._manifest.fileno())
 
@@ -201,10 +202,66 @@ class Ledger:
                 yield key, self.records[key].info
 
     def close(self) -> None:
-        self._manifest.close()
-        self._lock_file.close()
+        with suppress(OSError):  # a full disk: what could not be appended has been raised already
+            self._manifest.close()
+        self._lock.close()
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold a work folder until the result is closed. Raises InputError where another run does."""
+    busy = f"work folder: {folder} is in use by another run, wait for it or choose another OUT"
+    path = folder / "lock"
+    try:
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # the other run has just removed its work folder
+            raise InputError(busy)
+    except (BlockingIOError, FileNotFoundError) as error:
+        raise InputError(busy) from error
+    except OSError as error:
+        raise InputError(f"work folder: {folder} is not writable ({error.strerror})") from error
+    return file
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write down what the results depend on, or compare. Raises InputError naming the first thing that differs."""
+    path = folder / "identity.json"
+    text = json.dumps(identity, indent=2, sort_keys=True)
+    if not path.is_file():
+        write_atomically(path, text)
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"work folder: {path} is damaged, remove {folder} and start again") from error
+    if (change := first_difference(found, json.loads(text))) is not None:
+        raise InputError(f"work folder: {folder} belongs to another run ({change}); remove it or choose another OUT")
+
+
+def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
+    """Where two JSON values part: `recipe.weights.bits: 4 there, 3 now`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        pairs = ((key, found.get(key), wanted.get(key)) for key in sorted(found.keys() | wanted.keys()))
+        changes = (first_difference(old, new, f"{name}.{key}" if name else key) for key, old, new in pairs)
+        return next((change for change in changes if change is not None), None)
+    return None if found == wanted else f"{name}: {_short(found)} there, {_short(wanted)} now"
+
+
+def _line(record: Record) -> str:
+    body = json.dumps(asdict(record), sort_keys=True)
+    return json.dumps({"check": zlib.crc32(body.encode()), **asdict(record)}, sort_keys=True) + "\n"
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        values = json.loads(line)
+        check = values.pop("check")
+        record = Record(**values)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if zlib.crc32(json.dumps(asdict(record), sort_keys=True).encode()) == check else None
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]
+    return text if len(text) <= 40 else f"{text[:36]}..."

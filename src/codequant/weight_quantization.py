@@ -22,7 +22,7 @@ from codequant.error_feedback import (
 )
 from codequant.packing import BITS, groups_per_row, round_codebook
 
-Method = Literal["rtn", "kmeans", "hessian"]
+Method = Literal["rtn", "kmeans", "weighted", "hessian"]
 
 # Matrices are processed in chunks of about this many elements (float32: 256 MiB), Hessians included, so that the
 # temporaries of a long stack of experts stay small beside the stack itself.
@@ -34,8 +34,8 @@ class WeightOptions:
     """How to quantize a weight matrix.
 
     rtn: K equally spaced entries from the least to the greatest weight of a group (the baseline). kmeans: unweighted
-    clusters (what the published code effectively does). hessian: clusters weighted by diag(H), error feedback, then
-    `rounds` of least-squares entries and coordinate descent.
+    clusters (what the published code effectively does). weighted: clusters weighted by diag(H). hessian: those,
+    error feedback, then `rounds` of least-squares entries and coordinate descent.
     """
 
     bits: int = 4
@@ -96,8 +96,8 @@ def quantize_weight(
         raise ValueError("weight: found NaN or infinity, expected finite numbers")
     G = groups_per_row(I, options.group_size)
     if hessian is None:
-        if options.method == "hessian":
-            raise ValueError("hessian: None, expected a matrix for the method 'hessian'")
+        if options.method in ("weighted", "hessian"):
+            raise ValueError(f"hessian: None, expected a matrix for the method {options.method!r}")
     elif hessian.shape not in ((B, I, I), (I, I)):
         raise ValueError(f"hessian: shape {tuple(hessian.shape)}, expected {(B, I, I)} or {(I, I)}")
     elif not bool(torch.isfinite(hessian).all()):
@@ -120,7 +120,7 @@ def quantize_weight(
             assert matrix is not None
             found = _hessian_method(rows, matrix, G, options, threads)
         else:
-            found = _unweighted_method(rows, G, options, threads)
+            found = _nearest_method(rows, matrix, G, options, threads)
         value = lookup(found[1].float() * found[2].float().unsqueeze(-1), found[0])
         for result, values in zip((indices, codebook, step), found):
             result[part] = values.view(result[part].shape)
@@ -158,10 +158,10 @@ def _hessian_method(
     return improved(entries.float() * step.float().unsqueeze(-1), indices), entries, step
 
 
-def _unweighted_method(
-    target: Tensor, groups: int, options: WeightOptions, threads: int | None
+def _nearest_method(
+    target: Tensor, hessian: Tensor | None, groups: int, options: WeightOptions, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_hessian_method`, by equally spaced entries or plain k-means, and the nearest entry for each weight."""
+    """As `_hessian_method`, by equally spaced entries or k-means, and the nearest entry for each weight."""
     B, O, I = target.shape
     values = target.reshape(-1, I // groups)  # [R, S]
     K = 2**options.bits
@@ -169,7 +169,11 @@ def _unweighted_method(
         low, high = values.aminmax(dim=-1, keepdim=True)
         codebook = torch.lerp(low, high, torch.linspace(0, 1, K, device=values.device))  # [R, K]
     else:
-        codebook, _ = kmeans(values, values.new_ones(I // groups), K, threads)
+        importance = values.new_ones(I // groups)
+        if options.method == "weighted":
+            assert hessian is not None
+            importance = hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).expand(B, O, I).reshape(values.shape)
+        codebook, _ = kmeans(values, importance, K, threads)
     entries, step = round_codebook(codebook.view(B, O, groups, K))
     rounded = (entries.float() * step.float().unsqueeze(-1)).view(-1, K)  # still ascending
     middle = (rounded[:, 1:] + rounded[:, :-1]) / 2

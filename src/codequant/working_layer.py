@@ -73,6 +73,13 @@ class WorkingLayer:
         if transform_input is not None:
             module.register_forward_pre_hook(lambda _, args: (transform_input(args[0]), *args[1:]))
 
+    def move_outputs(self, reader: str, order: Tensor) -> None:
+        """Put a linear map's output channels, with their biases, in the order int64 [O]."""
+        module = self.module.get_submodule(reader)
+        for name in ("weight", "bias"):
+            if (parameter := getattr(module, name, None)) is not None:
+                module._parameters[name] = nn.Parameter(parameter.data[order], requires_grad=False)
+
     def run(self, x: Tensor, experts: Experts | None = None) -> Tensor:
         """The layer's output [B, T, H]; `experts` answers for the experts module."""
         if self.structure.experts is not None:
@@ -80,6 +87,22 @@ class WorkingLayer:
         with torch.no_grad():
             result = self.module(x, **self.arguments)
         return result[0] if isinstance(result, tuple) else result
+
+    def dense_part(self, x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The layer without its experts: (its output [B, T, H], what the experts are handed [N, H]).
+
+        `weights` replaces tensors by their path in the layer; the result can be differentiated by them.
+        """
+        handed: list[Tensor] = []
+
+        def no_experts(x: Tensor, *_: Tensor) -> Tensor:
+            handed.append(x)
+            return torch.zeros_like(x)
+
+        if self.structure.experts is not None:
+            self.module.get_submodule(self.structure.experts.path).working_experts = no_experts
+        result = torch.func.functional_call(self.module, dict(weights), (x,), self.arguments)
+        return result[0] if isinstance(result, tuple) else result, handed[0] if handed else None
 
     @contextmanager
     def observing(self, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Assemble the output folder from finished units: shards, index, config, tokenizer and provenance.
 
-The folder is built under a temporary name beside its final one and renamed when it is whole.
+The folder is built inside the work folder and renamed when it is whole.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from codequant.errors import InputError
 from codequant.source import INDEX, SIDE_FILES
@@ -26,8 +25,9 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def write_output(out: Path, context: Context, ledger: Ledger, provenance: dict[str, Any]) -> None:
-    """Write everything to `out`. The work folder is left as it is."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    """Write everything to `out`. The results in the work folder are left as they are."""
+    temporary = ledger.folder / "output"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     temporary.mkdir()
     try:
         copy_side_files(context.source.folder, temporary)
@@ -65,7 +65,7 @@ def copy_side_files(source: Path, out: Path) -> None:
 
 
 def write_unknown_tensors(context: Context, out: Path) -> Path | None:
-    """Tensors that the model does not use (layers for multi-token prediction) are kept as they are."""
+    """Tensors that the model does not use (layers for multi-token prediction) are kept byte for byte."""
     known = {source.name for entries in context.source.sources.values() for source in entries}
     checkpoint = context.source.checkpoint
     quantized_parts = ("_scale_inv", "_blocks", "_scales")
@@ -79,8 +79,7 @@ def write_unknown_tensors(context: Context, out: Path) -> Path | None:
     if not unknown:
         return None
     path = out / ".unknown.safetensors"
-    with checkpoint.reading() as read:
-        save_file({name: read(name).clone() for name in unknown}, path, metadata={"format": "pt"})
+    checkpoint.copy_raw(unknown, path)
     return path
 
 
@@ -119,11 +118,15 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
     for key, info in ledger.infos("dense."):
         layers[key.split(".")[1]] = {"proof": info["proof"], "errors": info["errors"], "tokens": {}, "starved": []}
+        if "finetuning" in info:
+            layers[key.split(".")[1]]["finetuning"] = {"dense": info["finetuning"]}
     for key, info in ledger.infos("experts."):
         layer = layers[key.split(".")[1]]
         layer["errors"] |= info["errors"]
         layer["tokens"] |= {str(expert): n for expert, n in info["tokens"].items()}
         layer["starved"] += info["starved"]
+        if "finetuning" in info:
+            layer["finetuning"] |= {str(expert): result for expert, result in info["finetuning"].items()}
     for key, info in ledger.infos("student."):
         layers[key.split(".")[1]].setdefault("differences", []).append(info["difference"])
     rotation = next((info for _, info in ledger.infos("rotation")), None)
@@ -135,9 +138,12 @@ def timings(ledger: Ledger) -> dict[str, Any]:
     kinds: dict[str, dict[str, float]] = {}
     for record in ledger.records.values():
         if record.measured:
-            kind = kinds.setdefault(record.key.split(".")[0], {"units": 0, "seconds": 0.0, "peak_bytes": 0})
+            kind = kinds.setdefault(
+                record.key.split(".")[0], {"units": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}
+            )
             kind["units"] += 1
-            kind["seconds"] = round(kind["seconds"] + record.measured["seconds"], 4)
+            for name in ("seconds", "cpu_seconds"):
+                kind[name] = round(kind[name] + record.measured[name], 4)
             kind["peak_bytes"] = max(kind["peak_bytes"], record.measured["peak_bytes"])
     return kinds
 

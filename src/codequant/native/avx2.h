@@ -11,6 +11,7 @@ namespace {
 struct Avx2Base {
   static constexpr int lanes = 2;
   static constexpr int direct_tokens = 2, dense_tokens = 2, decode_once_above = 4;  // 16 registers
+  static constexpr bool tiles = false;
   using Bytes = __m256i;
   using Sums = __m256i;
   static Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -9,7 +9,7 @@ namespace {
 
 const Isa* const kBestFirst[] = {
 #if defined(__x86_64__)
-    &kAvx512Vnni, &kAvxVnni, &kAvx2,
+    &kAmx, &kAvx512Vnni, &kAvxVnni, &kAvx2,
 #elif defined(__aarch64__) && defined(__linux__)
     &kNeon,
 #endif

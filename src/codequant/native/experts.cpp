@@ -70,7 +70,7 @@ const Token* quantize_rows(const Matrices& m, const float* x, int64_t rows, int6
                            Buffer& levels, Buffer& tokens) {
   constexpr int64_t kBlock = 16;
   const int64_t row_bytes = planes(bits) * m.level_bytes();
-  uint8_t* level = levels.get<uint8_t>(rows * row_bytes);
+  uint8_t* level = levels.get<uint8_t>(rows * row_bytes + tile_slack(m));
   Token* token = tokens.get<Token>(rows * planes(bits));
   parallel_for(threads, ceil_div(rows, kBlock), [&](int64_t block) {
     for (int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); ++row) {
@@ -87,11 +87,27 @@ struct Batch {
   int64_t planes, count = 0;
 
   explicit Batch(int64_t bits) : planes(codequant::planes(bits)) {}
-  int64_t capacity() const { return kBatch / planes; }
 
-  void add(const Token* all, int64_t row) {
-    std::copy_n(all + row * planes, planes, tokens + count * planes);
-    ++count;
+  // As many rows as fit of row(0), ..., row(left - 1).
+  template <class F>
+  void fill(const Matrices& m, const Token* all, int64_t left, F row) {
+    count = std::min(left, kBatch / planes);
+    bool in_a_row = true;
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(all + row(i) * planes, planes, tokens + i * planes);
+      in_a_row &= row(i) == row(0) + i;
+    }
+    if (isa().tiles && !in_a_row) gather(m);
+  }
+
+  void gather(const Matrices& m) {
+    thread_local Buffer buffer;
+    const int64_t bytes = m.level_bytes();
+    uint8_t* level = buffer.get<uint8_t>(kBatch * bytes + tile_slack(m));
+    for (int64_t i = 0; i < count * planes; ++i, level += bytes) {
+      std::memcpy(level, tokens[i].level, static_cast<size_t>(bytes));
+      tokens[i].level = level;
+    }
   }
 
   void multiply(const Matrices& m, const uint8_t* panel, float (*out)[kRows]) {
@@ -167,10 +183,7 @@ void linear(const Matrices& m, const float* x, int64_t tokens, int64_t share, co
     alignas(64) float out[kBatch][kRows];
     Batch batch(bits);
     for (int64_t done = 0; done < group.count; done += batch.count) {
-      batch.count = 0;
-      while (batch.count < batch.capacity() && done + batch.count < group.count) {
-        batch.add(token, slot[done + batch.count] / share);
-      }
+      batch.fill(m, token, group.count - done, [&](int64_t i) { return slot[done + i] / share; });
       for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
         const int64_t rows = std::min(kRows, m.rows - p * kRows);
         batch.multiply(m, m.panel(group.expert, p), out);
@@ -210,10 +223,7 @@ void gate_and_up(const Experts& e, const Route& routed, const Token* token, int6
     alignas(64) float gate[kBatch][kRows], up[kBatch][kRows];
     Batch batch(e.input_bits);
     for (int64_t done = 0; done < group.count; done += batch.count) {
-      batch.count = 0;
-      while (batch.count < batch.capacity() && done + batch.count < group.count) {
-        batch.add(token, slot[done + batch.count] / share);
-      }
+      batch.fill(m, token, group.count - done, [&](int64_t i) { return slot[done + i] / share; });
       for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
         const int64_t rows = std::min(kRows, m.rows - p * kRows);
         multiply(batch, e.has_gate ? 2 * group.expert : group.expert, p, rows, gate);
@@ -243,10 +253,7 @@ void down_and_sum(const Experts& e, const Route& routed, const Token* token, int
     Batch batch(e.down_bits);
     for (const Group& group : routed.groups) {
       for (int64_t done = 0; done < group.count; done += batch.count) {
-        batch.count = 0;
-        while (batch.count < batch.capacity() && done + batch.count < group.count) {
-          batch.add(token, group.first + done + batch.count);
-        }
+        batch.fill(m, token, group.count - done, [&](int64_t i) { return group.first + done + i; });
         const int64_t* slot = routed.order.data() + group.first + done;
         for (int64_t p = first; p < last; ++p) {
           const int64_t rows = std::min(kRows, m.rows - p * kRows);
@@ -283,8 +290,9 @@ CODEQUANT_API void codequant_advise_huge_pages(void* data, int64_t bytes) { code
 // y [tokens * share, m->rows]: row s is W[expert[s]] @ x[s / share] + bias[expert[s]], or 0 where expert[s] is not
 // one of the m->count matrices; expert null means matrix 0 throughout. x [tokens, m->columns], bias [count, rows] or
 // null. bits 4, 8 or 16. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                     const float* bias, int64_t bits, float clip, int64_t threads, float* y) try {
+CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share,
+                                   const int64_t* expert, const float* bias, int64_t bits, float clip, int64_t threads,
+                                   float* y) try {
   threads = codequant::useful_threads(threads, tokens * share, *m);
   codequant::linear(*m, x, tokens, share, expert, bias, bits, clip, threads, y);
   return 0;
@@ -294,8 +302,8 @@ CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x,
 
 // y [tokens, down->rows] = sum over j < share of weight[t, j] * down(activation(gate(x[t])) * up(x[t])) of expert
 // expert[t, j]. x [tokens, gate_up->columns]. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                      const float* weight, int64_t threads, float* y) try {
+CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share,
+                                    const int64_t* expert, const float* weight, int64_t threads, float* y) try {
   threads = codequant::useful_threads(threads, tokens * share, *e->gate_up);
   for (int64_t first = 0; first < tokens; first += codequant::kSlice) {
     codequant::experts(*e, x + first * e->gate_up->columns, std::min(codequant::kSlice, tokens - first), share,

@@ -32,6 +32,7 @@ enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
 struct Isa {
   const char* name;
   bool (*supported)();
+  bool tiles;  // the tokens of one `product` must be evenly spaced in memory, with tile_slack() bytes after the last
 
   // x [matrices.columns] -> planes(bits) tokens; `level` has room for planes(bits) * matrices.level_bytes() bytes.
   // reference.quantize_activation, integer for integer. A token that is not finite becomes NaN as a whole.
@@ -47,7 +48,10 @@ struct Isa {
 
 constexpr int64_t kScratch = kSegment * kRows;
 
-extern const Isa kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kNeon;
+// Readable bytes after the last token's levels: tiles take 16 tokens of 64 columns at a time.
+ALWAYS_INLINE inline int64_t tile_slack(const Matrices& matrices) { return 15 * matrices.level_bytes() + 64; }
+
+extern const Isa kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeon;
 
 const Isa& isa();  // the chosen one
 

@@ -53,7 +53,8 @@ struct Matrices {
   ALWAYS_INLINE int64_t panel_bytes() const { return groups * group_bytes(); }
   ALWAYS_INLINE int64_t panels_each() const { return ceil_div(rows, kRows); }
   ALWAYS_INLINE int64_t bytes() const { return count * panels_each() * panel_bytes(); }
-  ALWAYS_INLINE int64_t level_bytes() const { return groups * padded_columns(); }  // one plane of one token's levels
+  // One plane of one token's levels: an odd number of cache lines, so that tokens spread over the sets of the cache.
+  ALWAYS_INLINE int64_t level_bytes() const { return (ceil_div(groups * padded_columns(), 64) | 1) * 64; }
   ALWAYS_INLINE uint8_t* panel(int64_t matrix, int64_t index) const {
     return panels + (matrix * panels_each() + index) * panel_bytes();
   }

@@ -3,6 +3,7 @@
 //     lanes                                16-byte lanes of a register: 1, 2 or 4
 //     direct_tokens, dense_tokens          tokens whose sums fit in the registers, decoding on the fly and not
 //     decode_once_above                    tokens from which a panel is decoded once, to scratch
+//     tiles                                whether decoded panels are multiplied by tiles: see amx.cpp
 //     Bytes, Sums                          registers of bytes and of int32 sums
 //     load(p), broadcast(p)                a register; one lane repeated
 //     shift<n>(v)                          every 16 bits right by n (left by -n)
@@ -15,8 +16,8 @@
 // (-ffp-contract=off): the result of a token does not depend on the instruction set, on the threads, or on the other
 // tokens of the batch.
 //
-// Everything here has internal linkage or is always inlined, and nothing inline of the standard library is called: of an
-// inline function that several sources share the linker keeps one copy, perhaps with instructions this processor lacks.
+// Everything here has internal linkage or is always inlined, and nothing inline of the standard library is called: of
+// an inline function in several sources the linker keeps one copy, perhaps with instructions this processor lacks.
 #pragma once
 
 #include <cstring>
@@ -51,26 +52,45 @@ struct Segment {
   const uint8_t* data;
   int64_t chunks;
   int64_t column;      // of the first level
-  bool first_of_group, first_of_panel;
+  bool first_of_group;
 };
 
-// Adds one segment's sums of V::lanes * 4 rows, from row `row` on, to a token's output.
-template <class V>
-ALWAYS_INLINE inline void finish(const Segment& segment, const Token& token, const typename V::Sums (&sums)[4], int row,
-                                 float* out) {
-  constexpr int rows = 4 * V::lanes;
-  int32_t dot[rows], row_sum[rows];
-  float step[rows];
-  V::reduce(sums, dot);
-  std::memcpy(step, segment.header + kTable + row * 4, sizeof step);
-  std::memcpy(row_sum, segment.header + kTable + kRows * 4 + row * 4, sizeof row_sum);
-  const int32_t zero = segment.first_of_group ? token.zero : 0;
-  const float middle = segment.first_of_group ? token.middle : 0.0f;  // NaN only where step is
-  for (int i = 0; i < rows; ++i) {
-    const float scaled = token.step * static_cast<float>(dot[i] - zero * row_sum[i]);
-    const float value = step[i] * (scaled + middle * static_cast<float>(row_sum[i]));
-    out[row + i] = segment.first_of_panel ? value : out[row + i] + value;
+// Steps and row sums of `count` rows of a segment, from row `first` on; copied, for the outputs might alias the panel.
+template <int count>
+struct Scales {
+  alignas(64) float step[count];
+  alignas(64) int32_t row_sum[count];
+
+  ALWAYS_INLINE Scales(const Segment& segment, int first) {
+    std::memcpy(step, segment.header + kTable + first * 4, sizeof step);
+    std::memcpy(row_sum, segment.header + kTable + kRows * 4 + first * 4, sizeof row_sum);
+    if (!segment.first_of_group) std::memset(row_sum, 0, sizeof row_sum);  // they count once
   }
+};
+
+// Adds one segment's integer sums to a token's output.
+template <int count>
+ALWAYS_INLINE inline void finish(const Scales<count>& rows, const Token& token, const int32_t (&dot)[count],
+                                 float* __restrict out) {
+  const float step = token.step, middle = token.middle;
+  const int32_t zero = token.zero;
+  for (int i = 0; i < count; ++i) {
+    const float scaled = step * static_cast<float>(dot[i] - zero * rows.row_sum[i]);
+    out[i] += rows.step[i] * (scaled + middle * static_cast<float>(rows.row_sum[i]));
+  }
+}
+
+// The same from the registers of one part: 4 * V::lanes rows of N tokens.
+template <class V, int N>
+ALWAYS_INLINE inline void finish_part(const Segment& segment, const Token* tokens, const typename V::Sums (&sums)[N][4],
+                                      int part, float (*out)[kRows]) {
+  constexpr int count = 4 * V::lanes;
+  const Scales<count> rows(segment, part * count);
+  repeat<N>([&](auto n) ALWAYS_INLINE {
+    int32_t dot[count];
+    V::reduce(sums[n], dot);
+    finish(rows, tokens[n], dot, out[n] + part * count);
+  });
 }
 
 // The indices of step s of register g, from the low (and for 3 bits high) bytes of a chunk. Only bits 0-3 count; where
@@ -142,11 +162,11 @@ void direct(const Segment& segment, const Token* tokens, float (*out)[kRows]) {
         accumulate<V, N>(sums, weights, level, column + s * kStep);
       });
     }
-    repeat<N>([&](auto n) ALWAYS_INLINE { finish<V>(segment, tokens[n], sums[n], part * V::lanes * 4, out[n]); });
+    finish_part<V, N>(segment, tokens, sums, part, out);
   }
 }
 
-// Looks a segment up into scratch: kTable bytes per step, in the order of the tables.
+// Looks a segment up into scratch: kTable bytes per step, in the order of the tables, or in that of tiles.
 template <class V, int bits>
 void decode(const Segment& segment, uint8_t* scratch) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
@@ -157,8 +177,13 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
+      if constexpr (V::tiles) prefetch_chunk<bits>(data);  // tiles leave no time to fetch in
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
-        repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
+        if constexpr (V::tiles) {
+          V::store_step(decoded + s * kTable, weights);
+        } else {
+          repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
+        }
       });
     }
   }
@@ -180,7 +205,24 @@ void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, cons
       repeat<4>([&](auto g) ALWAYS_INLINE { weights[g] = V::load(data + g * kRegister); });
       accumulate<V, N>(sums, weights, level, column);
     }
-    repeat<N>([&](auto n) ALWAYS_INLINE { finish<V>(segment, tokens[n], sums[n], part * V::lanes * 4, out[n]); });
+    finish_part<V, N>(segment, tokens, sums, part, out);
+  }
+}
+
+// All tokens times one segment decoded for tiles, of 64 columns: what the last one has too many is zero.
+template <class V>
+void dense_tiles(const Segment& segment, uint8_t* scratch, int64_t columns, const Token* tokens, int64_t count,
+                 float (*out)[kRows]) {
+  constexpr int64_t tile_columns = 64;
+  const typename V::Session session;
+  if (columns % tile_columns != 0) std::memset(scratch + columns * kRows, 0, (tile_columns / 2) * kRows);
+  const int64_t stride = count > 1 ? tokens[1].level - tokens[0].level : 0;
+  const Scales<kRows> rows(segment, 0);
+  alignas(64) int32_t dot[V::tile_tokens][kRows];
+  for (int64_t first = 0; first < count; first += V::tile_tokens) {
+    const int64_t n = count - first < V::tile_tokens ? count - first : V::tile_tokens;
+    V::multiply(scratch, columns, tokens[first].level + segment.column, stride, n > V::tile_tokens / 2, dot);
+    for (int64_t i = 0; i < n; ++i) finish(rows, tokens[first + i], dot[i], out[first + i]);
   }
 }
 
@@ -207,6 +249,7 @@ template <class V, int bits>
 void product_bits(const Matrices& m, const uint8_t* panel, const Token* tokens, int64_t count, float (*out)[kRows],
                   uint8_t* scratch) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, segment_chunks = kSegment / chunk;
+  std::memset(out, 0, static_cast<size_t>(count) * sizeof *out);
   for (int64_t group = 0; group < m.groups; ++group) {
     const uint8_t* header = panel + group * m.group_bytes();
     for (int64_t c = 0; c < m.chunks(); c += segment_chunks) {
@@ -215,13 +258,16 @@ void product_bits(const Matrices& m, const uint8_t* panel, const Token* tokens, 
                             header + kHeader + c * m.chunk_bytes(),
                             left < segment_chunks ? left : segment_chunks,
                             group * m.padded_columns() + c * chunk,
-                            c == 0,
-                            group == 0 && c == 0};
+                            c == 0};
       if (count > V::decode_once_above) {
+        const int64_t columns = segment.chunks * chunk, bytes = segment.chunks * m.chunk_bytes();
         decode<V, bits>(segment, scratch);
+        if constexpr (V::tiles) {
+          dense_tiles<V>(segment, scratch, columns, tokens, count, out);
+          continue;
+        }
         blocks<V::dense_tokens>(count, [&](int64_t first, auto n) {
           // The next segment follows this one in memory, and all blocks of tokens together fetch it.
-          const int64_t columns = segment.chunks * chunk, bytes = segment.chunks * m.chunk_bytes();
           const uint8_t* ahead = segment.data + bytes + bytes * first / count;
           dense<V, n>(segment, scratch, columns, ahead, kTable * bits / 8 * n / count + 1, tokens + first, out + first);
         });
@@ -353,7 +399,7 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
 
 template <class V>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, quantize, product<V>, activate};
+  return {name, supported, V::tiles, quantize, product<V>, activate};
 }
 
 }  // namespace

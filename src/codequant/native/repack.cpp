@@ -103,9 +103,8 @@ void to_panel(const Matrices& m, int64_t matrix, int64_t index, const Format& fo
     unpack_row<bits>(buffers.bits.data(), m.columns, buffers.row.data());
     for (int64_t group = 0; group < m.groups; ++group) {
       uint8_t* header = panel + group * m.group_bytes();
-      for (int j = 0; j < kStep; ++j) {
-        header[lane(i) * kStep + j] = static_cast<uint8_t>(format.codebook[(row * m.groups + group) * entries + j % entries]);
-      }
+      const int8_t* codebook = format.codebook + (row * m.groups + group) * entries;
+      for (int j = 0; j < kStep; ++j) header[lane(i) * kStep + j] = static_cast<uint8_t>(codebook[j % entries]);
       std::memcpy(buffers.group.data(), buffers.row.data() + group * columns, static_cast<size_t>(columns));
       for (int64_t c = 0; c < m.chunks(); ++c) {
         RowOfChunk<bits>{i}.write(buffers.group.data() + c * m.chunk(), header + kHeader + c * m.chunk_bytes());
@@ -175,7 +174,8 @@ CODEQUANT_API int64_t codequant_bytes(const codequant::Matrices* m) { return m->
 
 // packed uint8 [count, rows, ceil(columns * bits / 8)], codebook int8 [count, rows, groups, 2**bits], step float
 // [count, rows, groups] -> m->panels, which has codequant_bytes(m) bytes.
-CODEQUANT_API void codequant_to_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook, float* step, int64_t threads) {
+CODEQUANT_API void codequant_to_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook,
+                                       float* step, int64_t threads) {
   codequant::each_panel(*m, threads, [&](int64_t matrix, int64_t index, codequant::Buffers& buffers) {
     const auto convert = m->bits == 4   ? codequant::to_panel<4>
                          : m->bits == 3 ? codequant::to_panel<3>
@@ -185,8 +185,8 @@ CODEQUANT_API void codequant_to_panels(const codequant::Matrices* m, uint8_t* pa
 }
 
 // The inverse.
-CODEQUANT_API void codequant_from_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook, float* step,
-                           int64_t threads) {
+CODEQUANT_API void codequant_from_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook,
+                                         float* step, int64_t threads) {
   codequant::each_panel(*m, threads, [&](int64_t matrix, int64_t index, codequant::Buffers& buffers) {
     const auto convert = m->bits == 4   ? codequant::from_panel<4>
                          : m->bits == 3 ? codequant::from_panel<3>

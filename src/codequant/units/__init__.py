@@ -13,6 +13,8 @@
 
 w counts shards of calibration windows and s shards of experts; both are fixed by the recipe and the model, never by
 the machine, so results do not depend on how many workers there are.
+
+With `weights.inputs: source` there is no student stream: no `enter` and `student`, and no layer waits for another.
 """
 
 from collections.abc import Callable
@@ -69,9 +71,11 @@ def graph(context: Context) -> list[Unit]:
         units.append(Unit("rotation", "rotation", needs=samples, keep=True))
         basis = ("rotation",)
     units.append(Unit("ends", "ends", needs=basis, keep=True))
-    units += [Unit(hidden_key("student", 0, w), "enter", {"shard": w}, ("ends",)) for w in shards]
+    streams = ("teacher",) if context.calibrates_on_source else ("teacher", "student")
+    if "student" in streams:
+        units += [Unit(hidden_key("student", 0, w), "enter", {"shard": w}, ("ends",)) for w in shards]
     for l in layers:
-        inputs = tuple(hidden_key(stream, l, w) for stream in ("teacher", "student") for w in shards)
+        inputs = tuple(hidden_key(stream, l, w) for stream in streams for w in shards)
         units.append(Unit(dense_key(l), "dense", {"layer": l}, (*basis, *inputs)))
         parts = [dense_key(l)]
         if runs := context.expert_shards(l):
@@ -80,7 +84,7 @@ def graph(context: Context) -> list[Unit]:
                     route_key(l, w),
                     "route",
                     {"layer": l, "shard": w},
-                    (*basis, dense_key(l), hidden_key("teacher", l, w), hidden_key("student", l, w)),
+                    (*basis, dense_key(l), *(hidden_key(stream, l, w) for stream in streams)),
                 )
                 for w in shards
             ]
@@ -90,7 +94,7 @@ def graph(context: Context) -> list[Unit]:
                 units.append(Unit(experts_key(l, s), "experts", arguments, (*basis, dense_key(l), *routed)))
                 parts.append(experts_key(l, s))
         units.append(Unit(layer_key(l), "layer", {"layer": l}, tuple(parts), keep=True))
-        if l + 1 < len(layers):
+        if "student" in streams and l + 1 < len(layers):
             units += [
                 Unit(
                     hidden_key("student", l + 1, w),

@@ -1,23 +1,26 @@
 """What every unit may use: the source model, the recipe, and the results of other units."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair
+from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair, rotate_rows
 from codequant.hadamard import hadamard_matrix
 from codequant.quantization_config import QuantizationConfig, Scheme
 from codequant.recipe import Recipe
 from codequant.schemes import quantization_config
 from codequant.source import SourceModel
 from codequant.store import Store
+from codequant.structure import ChannelPair
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
-SHARD_BYTES = 384 << 20  # second moments and weights of one shard of experts
+# Second moments and weights of one shard of experts. A GPU runs one shard at a time and wants it large: its sweeps over
+# columns take as long for one expert as for dozens.
+SHARD_BYTES = {"cpu": 384 << 20, "cuda": 6 << 30}
 MIN_SHARDS = 4  # per layer, so that small layers too keep several workers busy
 WINDOWS = "calibration"  # key of the token windows, int32 [N, T]
 
@@ -60,6 +63,10 @@ class Context:
         """Each layer's keyword arguments for one calibration window, on the device."""
         return [to_device(a, self.device) for a in self.source.layer_arguments(self.recipe.calibration.length)]
 
+    @property
+    def calibrates_on_source(self) -> bool:
+        return self.recipe.weights.inputs == "source"
+
     @cached_property
     def rotates(self) -> bool:
         return self.recipe.rotation.method != "none"
@@ -80,8 +87,24 @@ class Context:
         return self.store.read_one(WINDOWS, "windows")[shard * n : (shard + 1) * n].long()
 
     def hidden(self, stream: str, layer: int, shard: int) -> Tensor:
-        """The input [n, T, H] of a layer in the teacher's or the student's residual stream."""
+        """The input [n, T, H] of a layer in the teacher's or the student's residual stream.
+
+        A student that is calibrated on the source's own hidden states has no stream of its own.
+        """
+        if stream == "student" and self.calibrates_on_source:
+            return rotate_rows(self.hidden("teacher", layer, shard), self.rotation)
         return self.store.read_one(hidden_key(stream, layer, shard), "hidden").to(self.device)
+
+    def routed_batches(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The results of `route`, a shard of windows at a time, mapped: an expert's tokens are a small part of them."""
+        for shard in range(self.window_shards):
+            yield self.store.map(route_key(layer, shard))
+
+    @property
+    def held_out_shards(self) -> int:
+        """How many shards of windows, the last ones, judge fine-tuning."""
+        wanted = round(self.window_shards * self.recipe.finetuning.held_out)
+        return min(max(1, wanted), self.window_shards - 1)
 
     def expert_shards(self, layer: int) -> list[slice]:
         """Runs of experts whose second moments and weights fit in SHARD_BYTES."""
@@ -90,7 +113,7 @@ class Context:
             return []
         H, M = self.source.hidden_size, experts.intermediate
         bytes_per_expert = 4 * (4 * H * H + 4 * M * M + 6 * 3 * H * M)
-        size = max(1, min(-(-experts.num_experts // MIN_SHARDS), SHARD_BYTES // bytes_per_expert))
+        size = max(1, min(-(-experts.num_experts // MIN_SHARDS), SHARD_BYTES[self.device.type] // bytes_per_expert))
         return [slice(i, min(i + size, experts.num_experts)) for i in range(0, experts.num_experts, size)]
 
     def module_name(self, layer: int, reader: str) -> str:
@@ -105,12 +128,37 @@ class Context:
         tensors = {k: v.to(self.device) for k, v in self.source.layer_tensors(layer).items()}
         structure = self.source.structures[layer]
         tensors = fold_layer(tensors, structure, rotation)
-        if self.rotates and self.recipe.rotation.heads:
-            for pair in structure.pairs:
-                if pair.linear and self.scheme(layer, pair.consumer) is not None:
-                    mix = hadamard_matrix(pair.block)
-                    mix_pair(tensors, pair, [mix] * len(head_blocks(pair)))
+        for pair in structure.pairs:
+            if self.mixes(layer, pair):
+                mix_pair(tensors, pair, [hadamard_matrix(pair.block)] * len(head_blocks(pair)))
         return tensors
+
+    def mixes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are rotated: value heads whose consumer is quantized."""
+        return (
+            self.rotates
+            and self.recipe.rotation.heads
+            and pair.linear
+            and self.scheme(layer, pair.consumer) is not None
+        )
+
+    def permutes(self, layer: int, pair: ChannelPair) -> bool:
+        """Whether a pair's channels are put in order: those whose consumer has several codebooks per row, and which no
+        rotation has made alike."""
+        scheme = self.scheme(layer, pair.consumer)
+        return (
+            self.recipe.permutation.enabled
+            and scheme is not None
+            and scheme.group_size != -1
+            and not self.mixes(layer, pair)
+        )
+
+    def permutes_experts(self, layer: int) -> bool:
+        """Likewise for the intermediate channels of a layer's experts."""
+        scheme = self.experts_scheme(layer, inner=True)
+        return (
+            self.recipe.permutation.enabled and scheme is not None and scheme.group_size != -1 and not scheme.hadamard
+        )
 
     def working_layer(self, layer: int, tensors: dict[str, Tensor]) -> WorkingLayer:
         source = self.source

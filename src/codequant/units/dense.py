@@ -7,12 +7,24 @@ import torch
 from torch import Tensor
 
 from codequant.errors import InvarianceError
-from codequant.folding import rotate_rows
-from codequant.packing import unpack
+from codequant.folding import head_blocks, rotate_rows
+from codequant.permutation import move_columns, move_rows, pair_order, producer_order
+from codequant.structure import ChannelPair
 from codequant.units.context import Context, Result
-from codequant.units.matrices import local_tensors, packed_tensors, pick, plain_tensors, quantize, split_rows
+from codequant.units.matrices import (
+    local_tensors,
+    packed,
+    packed_tensors,
+    pick,
+    plain_tensors,
+    quantize,
+    reorder_rows,
+    split_rows,
+)
 from codequant.units.moments import accumulate, as_read
 from codequant.units.teacher import source_experts
+from codequant.units.tuning import tune_dense
+from codequant.weight_quantization import QuantizedWeight
 from codequant.working_layer import Experts, WorkingLayer
 
 PROOF_TOKENS = 4
@@ -21,14 +33,16 @@ PROOF_TOLERANCE = 1e-5  # float32, relative
 
 def dense(context: Context, layer: int) -> Result:
     """Quantize everything of a layer but its experts, site by site in execution order, each on the inputs that the
-    sites before it, already quantized, hand on. Also the all-token moments of the experts' input."""
+    sites before it, already quantized, hand on. Their centroids are then fine-tuned together, where the recipe says so.
+    Also the all-token moments of the experts' input."""
     structure = context.source.structures[layer]
     tensors = context.folded_tensors(layer, context.rotation)
     teacher_layer = context.working_layer(layer, context.folded_tensors(layer, None))
     student_layer = context.working_layer(layer, tensors)
     info: dict[str, Any] = {"proof": prove(context, layer, teacher_layer, student_layer), "errors": {}}
-    result = plain_tensors(context, layer, tensors)
-    student_layer = context.working_layer(layer, tensors | local_tensors(context, layer, result))
+    plain = plain_tensors(context, layer, tensors)
+    student_layer = context.working_layer(layer, tensors | local_tensors(context, layer, plain))
+    done: dict[str, QuantizedWeight] = {}  # by reader, stacks of one
     for site in structure.sites:
         readers = [r for r in site.readers if context.scheme(layer, r) is not None]
         if not readers:
@@ -45,12 +59,22 @@ def dense(context: Context, layer: int) -> Result:
         moments = accumulate((inputs(shard) for shard in range(context.window_shards)), scheme)
         weight = torch.cat([student_layer.weight(r) for r in readers])
         rows = [student_layer.weight(r).shape[0] for r in readers]
+        pair = next((p for p in structure.pairs if p.consumer in readers), None)
+        if pair is not None and context.permutes(layer, pair):
+            diagonal = moments.hessian.diagonal()
+            order = pair_order(weight, diagonal, head_blocks(pair), scheme.group_size, scheme.bits, threads=1)
+            weight, moments = move_columns(weight, order), moments.moved(order)
+            move_producers(context, layer, pair, order, student_layer, done, plain)
         quantized = quantize(context, scheme, weight[None], moments)
         for reader, part in zip(readers, split_rows(quantized, rows)):
-            part = pick(part, 0)
-            result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", part)
-            student_layer.replace(reader, unpack(part).to(context.device), partial(as_read, scheme=scheme))
+            done[reader] = part
+            student_layer.replace(reader, part.dequantized()[0], partial(as_read, scheme=scheme))
             info["errors"][context.module_name(layer, reader)] = float(quantized.error[0])
+    if context.recipe.finetuning.epochs:
+        info["finetuning"] = tune_dense(context, layer, teacher_layer, student_layer, done)
+    result = dict(plain)
+    for reader, quantized in done.items():
+        result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", pick(packed(quantized), 0))
     if structure.experts is not None:
         scheme = context.experts_scheme(layer, inner=False)
 
@@ -62,6 +86,28 @@ def dense(context: Context, layer: int) -> Result:
         moments = accumulate((handed(shard) for shard in range(context.window_shards)), scheme)
         result |= {"moments.hessian": moments.hessian.cpu(), "moments.cross": moments.cross.cpu()}
     return result, info
+
+
+def move_producers(
+    context: Context,
+    layer: int,
+    pair: ChannelPair,
+    order: Tensor,
+    student_layer: WorkingLayer,
+    done: dict[str, QuantizedWeight],
+    plain: dict[str, Tensor],
+) -> None:
+    """Let the producers' output channels follow the consumer's columns, in the order int64 [I], wherever they are."""
+    prefix = context.source.layer_names[layer]
+    for producer in pair.producers:
+        rows = producer_order(order, pair.row_of_column, student_layer.weight(producer).shape[0])
+        student_layer.move_outputs(producer, rows)
+        if producer in done:
+            done[producer] = reorder_rows(done[producer], rows[None])
+        for path in (f"{producer}.weight", f"{producer}.bias"):
+            for entry in context.source.sources.get(f"{prefix}.{path}", ()):
+                if entry.name in plain:
+                    plain[entry.name] = move_rows(plain[entry.name], rows.cpu())
 
 
 def prove(context: Context, layer: int, teacher_layer: WorkingLayer, student_layer: WorkingLayer) -> float:

@@ -1,8 +1,11 @@
 """The rotation, and the two ends of the model in its basis."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from codequant import rotation as rotations
@@ -11,6 +14,8 @@ from codequant.folding import fold_norm, fold_reader, gain_of, rotate_rows
 from codequant.hadamard import hadamard_matrix
 from codequant.units import outliers
 from codequant.units.context import Context, Result, hidden_key
+
+ROWS = 8192  # of a vocabulary's matrix at a time
 
 
 def learn_rotation(context: Context) -> Result:
@@ -26,16 +31,24 @@ def learn_rotation(context: Context) -> Result:
     by_site = samples.split([len(samples) // len(sites)] * len(sites))  # as many rows from each
     del pooled
     keep_ones = any(norm.centered for structure in source.structures for norm in structure.norms)
-    direction = torch.ones(source.hidden_size) if keep_ones else rotations.strongest_direction(samples)
-    start = rotations.hadamard_start(hadamard_matrix(source.hidden_size), direction, recipe.seed)
+    H, direction = source.hidden_size, None
+    if keep_ones:
+        direction = torch.ones(H)
+    elif recipe.start == "aligned":
+        direction = rotations.strongest_direction(samples)
+    base = rotations.random_orthogonal(H, recipe.seed) if recipe.start == "random" else hadamard_matrix(H)
+    start = rotations.hadamard_start(base, direction, recipe.seed)
+    loss = rotations.range_loss
+    if recipe.loss == "squared-error":
+        loss = partial(rotations.squared_error_loss, bits=min(8, context.recipe.activations.bits))
     fit = rotations.learn(
-        samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, keep_ones=keep_ones
+        samples, start, recipe.steps, recipe.learning_rate, recipe.batch, recipe.seed, loss, keep_ones=keep_ones
     )
-    identity = torch.eye(source.hidden_size, dtype=torch.float64)
+    identity = torch.eye(H, dtype=torch.float64)
     info: dict[str, Any] = {
         "range_loss_unrotated": float(rotations.range_loss(samples[::8].float())),
-        "range_loss_start": fit.loss_before,
-        "range_loss": fit.loss_after,
+        "range_loss_start": float(rotations.range_loss(samples[::8].float() @ start.float().to(samples.device))),
+        "range_loss": float(rotations.range_loss(samples[::8].float() @ fit.rotation.float().to(samples.device))),
         "orthogonality_error": float((fit.rotation @ fit.rotation.T - identity).abs().max()),
     }
     rotation = fit.rotation.float()
@@ -55,12 +68,21 @@ def ends(context: Context) -> Result:
     prefix = f"{source.norm_name}."
     tensors = {n: source.read(n, torch.float32) for n in source.sources if n.startswith(prefix)}
     gain = gain_of(norm, tensors)
-    embedding = source.read(f"{source.embedding_name}.weight", torch.float32)
-    head = embedding if source.is_tied else source.read(f"{source.head_name}.weight", torch.float32)
-    cpu_rotation = None if rotation is None else rotation.cpu()
-    tensors[f"{source.head_name}.weight"] = fold_reader(head, gain, cpu_rotation)
-    tensors[f"{source.embedding_name}.weight"] = rotate_rows(embedding, cpu_rotation)
-    fold_norm(norm, tensors, cpu_rotation)
+    embedding, head = f"{source.embedding_name}.weight", f"{source.head_name}.weight"
+    device_gain = gain.to(context.device)
+
+    def by_rows(parameter: str, fold: Callable[[Tensor], Tensor]) -> Tensor:
+        """A fold of a vocabulary's matrix [V, H], a run of rows at a time: whole, in float32, it is gigabytes."""
+        weight = source.checkpoint.read(source.sources[parameter][0].name)
+        folded = torch.empty(weight.shape, dtype=source.dtype)
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            folded[rows] = fold(weight[rows].to(context.device, torch.float32))
+        return folded
+
+    tensors[head] = by_rows(embedding if source.is_tied else head, lambda w: fold_reader(w, device_gain, rotation))
+    tensors[embedding] = by_rows(embedding, lambda w: rotate_rows(w, rotation))
+    fold_norm(norm, tensors, None if rotation is None else rotation.cpu())
     if f"{source.head_name}.bias" in source.sources:
         tensors[f"{source.head_name}.bias"] = source.read(f"{source.head_name}.bias")
     named = {(source.sources[n][0].name if n in source.sources else n): t for n, t in tensors.items()}
@@ -71,5 +93,5 @@ def enter(context: Context, shard: int) -> Result:
     """The student's first hidden states, from the embedding as it is stored."""
     source = context.source
     name = source.sources[f"{source.embedding_name}.weight"][0].name
-    embedded = F.embedding(context.windows(shard), context.store.read_one("ends", name).float())
+    embedded = F.embedding(context.windows(shard), context.store.map("ends")[name]).float()
     return {"hidden": source.first_hidden_states(embedded)}, {}

@@ -1,6 +1,5 @@
 """Quantize a layer's experts, a shard at a time, on the tokens that the quantized model routes to them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,12 +8,14 @@ from torch.nn import functional as F
 
 from codequant.folding import rotate_rows
 from codequant.hadamard import hadamard_transform
-from codequant.packing import pack, unpack
-from codequant.units.context import Context, Result, dense_key, route_key
+from codequant.permutation import group_order, move_columns, move_rows
+from codequant.quantization_config import Scheme
+from codequant.units.context import Context, Result, dense_key
 from codequant.units.expert_tensors import packed_experts, places, plain_experts
-from codequant.units.matrices import finished_dense, quantize
+from codequant.units.matrices import finished_dense, packed, quantize, reorder_rows
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
 from codequant.units.teacher import read_experts
+from codequant.units.tuning import tune_experts
 from codequant.weight_quantization import QuantizedWeight
 
 
@@ -26,88 +27,116 @@ def route(context: Context, layer: int, shard: int) -> Result:
     source = teacher_layer.routed(context.hidden("teacher", layer, shard)).x
     return {
         "x": routed.x.cpu(),
-        "source_x": source.cpu(),
+        "source_x": rotate_rows(source, context.experts_basis(layer)).cpu(),
         "top_k_index": routed.top_k_index.to(torch.int32).cpu(),
         "top_k_weights": routed.top_k_weights.float().cpu(),
     }, {}
 
 
-def routed_batches(context: Context, layer: int) -> Iterator[dict[str, Tensor]]:
-    """The results of `route`, one shard of windows at a time."""
-    for shard in range(context.window_shards):
-        batch = context.store.read(route_key(layer, shard))
-        yield {name: tensor.to(context.device) for name, tensor in batch.items()}
-
-
 def experts(context: Context, layer: int, start: int, stop: int) -> Result:
-    """Quantize experts start..stop: gate and up on their routed tokens, then down on what those hand on.
+    """Quantize experts start..stop: gate and up on their routed tokens, then down on what those hand on. Their
+    centroids are then fine-tuned together, where the recipe says so.
 
     An expert that sees fewer than `min_expert_tokens` is calibrated with the tokens of the whole layer.
     """
-    source, recipe, basis = context.source, context.recipe.weights, context.experts_basis(layer)
-    structure = source.structures[layer].experts
+    structure = context.source.structures[layer].experts
     assert structure is not None
-    gain, apply_gate = context.experts_gain(layer), context.apply_gate(layer)
     chosen, count = slice(start, stop), stop - start
-    own = read_experts(context, layer, chosen, gain, context.rotation)
-    original = read_experts(context, layer, chosen, gain, None)["gate_up"]
+    own = read_experts(context, layer, chosen, context.experts_gain(layer), context.rotation)
     outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
-    names = [name for name, _ in source.expert_matrices(layer)]
-    result: dict[str, Tensor] = {}
+    first, second = (name for name, _ in context.source.expert_matrices(layer))
+    found: dict[str, QuantizedWeight] = {}
 
-    sums = [Sums.zeros(source.hidden_size, context.device) for _ in range(count)]
-    for batch in routed_batches(context, layer):
-        source_x = rotate_rows(batch["source_x"], basis)
+    sums = input_sums(context, layer, start, count, outer)
+    starved = {e for e in range(count) if sums[e].tokens < context.recipe.weights.min_expert_tokens}
+    if outer is not None:
+        everything = all_token_moments(context, layer)
+        share = context.recipe.weights.all_tokens
+        moments = stack(
+            [everything if e in starved else mixed(s.mean(), everything, share) for e, s in enumerate(sums)]
+        )
+        found["gate_up"] = quantize(context, outer, own["gate_up"], moments)
+        del everything, moments
+    tokens = [s.tokens for s in sums]
+    del sums
+    if inner is not None:
+        gate_up = found["gate_up"].dequantized() if outer is not None else own["gate_up"]
+        moments = stack([s.mean() for s in intermediate_sums(context, layer, start, own, gate_up, starved)])
+        if context.permutes_experts(layer):
+            diagonal = moments.hessian.diagonal(dim1=-2, dim2=-1)
+            order = group_order(own["down"], diagonal, inner.group_size, inner.bits, threads=1)  # [n, M]
+            own["down"], moments = move_columns(own["down"], order), moments.moved(order)
+            move_intermediate(own, found, torch.cat((order, order + structure.intermediate), dim=-1))
+        found["down"] = quantize(context, inner, own["down"], moments)
+    info: dict[str, Any] = {"tokens": {start + e: n for e, n in enumerate(tokens)}, "errors": {}}
+    info["starved"] = sorted(start + e for e in starved)
+    if context.recipe.finetuning.epochs and found:
+        info["finetuning"] = tune_experts(context, layer, start, own, found, starved)
+
+    result: dict[str, Tensor] = {}
+    for name, key in ((first, "gate_up"), (second, "down")):
+        if key in found:
+            result |= packed_experts(context, layer, name, chosen, packed(found[key]))
+            info["errors"] |= errors_of(context, name, chosen, found[key])
+        else:
+            result |= plain_experts(context, layer, name, chosen, own[key])
+        if f"{key}_bias" in own:
+            result |= plain_experts(context, layer, f"{name}_bias", chosen, own[f"{key}_bias"])
+    return result, info
+
+
+def all_token_moments(context: Context, layer: int) -> Moments:
+    """Moments of what the layer's experts are handed, over all tokens."""
+    saved = context.store.read(dense_key(layer), "moments.hessian", "moments.cross")
+    return Moments(*(saved[f"moments.{k}"].to(context.device) for k in ("hessian", "cross")))
+
+
+def input_sums(context: Context, layer: int, start: int, count: int, scheme: Scheme | None) -> list[Sums]:
+    """What each of `count` experts from `start` on reads, over the tokens that are routed to it."""
+    sums = [Sums.zeros(context.source.hidden_size, context.device) for _ in range(count)]
+    for batch in context.routed_batches(layer):
         for e in range(count):
             token = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)[0]
-            sums[e].add(as_read(batch["x"][token], outer), source_x[token])
-    starved = {e for e in range(count) if sums[e].tokens < recipe.min_expert_tokens}
-    info: dict[str, Any] = {
-        "tokens": {start + e: sums[e].tokens for e in range(count)},
-        "starved": sorted(start + e for e in starved),
-        "errors": {},
-    }
-    gate_up = own["gate_up"]
-    if outer is not None:
-        saved = context.store.read(dense_key(layer), "moments.hessian", "moments.cross")
-        everything = Moments(*(saved[f"moments.{k}"].to(context.device) for k in ("hessian", "cross")))
-        moments = stack(
-            [everything if e in starved else mixed(s.mean(), everything, recipe.all_tokens) for e, s in enumerate(sums)]
-        )
-        quantized = quantize(context, outer, gate_up, moments)
-        packed = pack(quantized.indices, quantized.codebook, quantized.step)
-        result |= packed_experts(context, layer, names[0], chosen, packed)
-        info["errors"] |= errors_of(context, names[0], chosen, quantized)
-        gate_up = unpack(packed).to(context.device)
-        del moments, everything
-    else:
-        result |= plain_experts(context, layer, names[0], chosen, gate_up)
+            x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
+            sums[e].add(as_read(x, scheme), source_x)
+    return sums
 
-    if inner is not None:
-        bias = own.get("gate_up_bias")
-        sums = [Sums.zeros(structure.intermediate, context.device) for _ in range(count)]
-        for shard, batch in enumerate(routed_batches(context, layer)):
-            for e in range(count):
-                token, slot = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)
-                share: Tensor | None = batch["top_k_weights"][token, slot, None]
-                if e in starved:
-                    if shard > 0:  # one shard of windows is plenty for an expert that hardly any token reaches
-                        continue
-                    token, share = torch.arange(len(batch["x"]), device=context.device), None
-                row_bias = None if bias is None else bias[e]
-                hidden = apply_gate(F.linear(as_read(batch["x"][token], outer), gate_up[e], row_bias))
-                wanted = apply_gate(F.linear(batch["source_x"][token], original[e], row_bias))
-                sums[e].add(as_read(hidden, inner), hadamard_transform(wanted) if inner.hadamard else wanted, share)
-        quantized = quantize(context, inner, own["down"], stack([s.mean() for s in sums]))
-        packed = pack(quantized.indices, quantized.codebook, quantized.step)
-        result |= packed_experts(context, layer, names[1], chosen, packed)
-        info["errors"] |= errors_of(context, names[1], chosen, quantized)
-    else:
-        result |= plain_experts(context, layer, names[1], chosen, own["down"])
-    for name, key in zip(names, ("gate_up_bias", "down_bias")):
+
+def intermediate_sums(
+    context: Context, layer: int, start: int, own: dict[str, Tensor], gate_up: Tensor, starved: set[int]
+) -> list[Sums]:
+    """What down reads in each expert, weighted by routing weights: from the quantized gate_up [n, 2M, H] on the
+    student's tokens, and from the source's own on the source's."""
+    outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
+    assert inner is not None
+    apply_gate, bias = context.apply_gate(layer), own.get("gate_up_bias")
+    count, intermediate = len(gate_up), own["down"].shape[-1]
+    sums = [Sums.zeros(intermediate, context.device) for _ in range(count)]
+    for shard, batch in enumerate(context.routed_batches(layer)):
+        for e in range(count):
+            token, slot = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)
+            share: Tensor | None = batch["top_k_weights"][token, slot, None].to(context.device)
+            if e in starved:
+                if shard > 0:  # one shard of windows is plenty for an expert that hardly any token reaches
+                    continue
+                token, share = torch.arange(len(batch["x"])), None
+            row_bias = None if bias is None else bias[e]
+            x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
+            hidden = apply_gate(F.linear(as_read(x, outer), gate_up[e], row_bias))
+            wanted = apply_gate(F.linear(source_x, own["gate_up"][e], row_bias))
+            sums[e].add(as_read(hidden, inner), hadamard_transform(wanted) if inner.hadamard else wanted, share)
+    return sums
+
+
+def move_intermediate(own: dict[str, Tensor], found: dict[str, QuantizedWeight], order: Tensor) -> None:
+    """Let the rows of gate and up follow down's columns: order int64 [n, 2M]. Rows are quantized one by one, so it
+    makes no difference that this comes after."""
+    order = order[:, : own["gate_up"].shape[1]]  # [n, M] where there is no gate
+    if "gate_up" in found:
+        found["gate_up"] = reorder_rows(found["gate_up"], order)
+    for key in ("gate_up", "gate_up_bias"):
         if key in own:
-            result |= plain_experts(context, layer, f"{name}_bias", chosen, own[key])
-    return result, info
+            own[key] = move_rows(own[key], order)
 
 
 def errors_of(context: Context, parameter: str, chosen: slice, quantized: QuantizedWeight) -> dict[str, float]:

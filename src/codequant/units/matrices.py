@@ -7,6 +7,7 @@ from torch import Tensor
 
 from codequant.hadamard import hadamard_transform
 from codequant.packing import SUFFIXES, PackedWeight, pack, unpack
+from codequant.permutation import move_rows
 from codequant.quantization_config import Scheme
 from codequant.units.context import Context
 from codequant.units.moments import Moments, as_read
@@ -33,10 +34,20 @@ def quantize(context: Context, scheme: Scheme, weight: Tensor, moments: Moments)
     return quantize_weight(weight, moments.hessian, target, options, threads=1)
 
 
-def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[PackedWeight]:
-    """Packed matrices [B, rows, ...] of runs of rows."""
+def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
+    """Runs of rows; the error stays that of the whole."""
     parts = zip(*(t.split(rows, dim=1) for t in (quantized.indices, quantized.codebook, quantized.step)))
-    return [pack(*part) for part in parts]
+    return [QuantizedWeight(indices, codebook, step, quantized.error) for indices, codebook, step in parts]
+
+
+def reorder_rows(quantized: QuantizedWeight, order: Tensor) -> QuantizedWeight:
+    """Output channels in the order int64 [B, O]: codebooks belong to rows and move with them."""
+    indices, codebook, step = (move_rows(t, order) for t in (quantized.indices, quantized.codebook, quantized.step))
+    return QuantizedWeight(indices, codebook, step, quantized.error)
+
+
+def packed(quantized: QuantizedWeight) -> PackedWeight:
+    return pack(quantized.indices, quantized.codebook, quantized.step)
 
 
 def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
@@ -82,9 +93,7 @@ def plain_names(context: Context, layer: int, tensors: dict[str, Tensor]) -> dic
 
 def stored(context: Context, name: str, tensor: Tensor) -> Tensor:
     """An unquantized tensor as the output stores it: in the source's own precision."""
-    kept = {"F32": torch.float32, "F16": torch.float16}
-    dtype = kept.get(context.source.checkpoint.entry(name).dtype, torch.bfloat16)
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu()
+    return (tensor.to(context.source.checkpoint.dtype(name)) if tensor.is_floating_point() else tensor).cpu()
 
 
 def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:

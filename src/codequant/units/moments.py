@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codequant.hadamard import hadamard_transform
-from codequant.kernels.reference import fake_quantize
+from codequant.kernels.reference import FULL_PRECISION, fake_quantize
+from codequant.permutation import move_columns, move_rows
 from codequant.quantization_config import Scheme
 
 
@@ -15,8 +17,24 @@ from codequant.quantization_config import Scheme
 class Moments:
     """Second moments of a matrix's input over the calibration tokens, per token."""
 
-    hessian: Tensor  # E[a_q a_q^T], [I, I]: the quantized prefix's inputs
+    hessian: Tensor  # E[a_q a_q^T], [..., I, I]: the quantized prefix's inputs
     cross: Tensor  # E[a a_q^T]: the source model's inputs against them
+
+    def moved(self, order: Tensor) -> "Moments":
+        """The same for input channels in the order [..., I]."""
+        return Moments(*(move_columns(move_rows(m, order), order) for m in (self.hessian, self.cross)))
+
+
+class _Rounding(torch.autograd.Function):
+    """Rounding to integers whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scheme: Scheme) -> Tensor:
+        return fake_quantize(x, scheme.activation_bits, scheme.activation_clip)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def as_read(x: Tensor, scheme: Scheme | None) -> Tensor:
@@ -25,7 +43,7 @@ def as_read(x: Tensor, scheme: Scheme | None) -> Tensor:
         return x
     if scheme.hadamard:
         x = hadamard_transform(x)
-    return fake_quantize(x, scheme.activation_bits, scheme.activation_clip)
+    return x if scheme.activation_bits >= FULL_PRECISION else _Rounding.apply(x, scheme)
 
 
 def accumulate(inputs: Iterable[tuple[Tensor, Tensor]], scheme: Scheme | None) -> Moments:

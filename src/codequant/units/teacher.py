@@ -16,7 +16,7 @@ from codequant.working_layer import Experts
 def embed(context: Context, shard: int) -> Result:
     source, ids = context.source, context.windows(shard)
     (entry,) = source.sources[f"{source.embedding_name}.weight"]
-    embedded = F.embedding(ids, source.read(entry.parameter).float())
+    embedded = F.embedding(ids, source.checkpoint.read(entry.name)).float()
     return {"hidden": source.first_hidden_states(embedded)}, {}
 
 

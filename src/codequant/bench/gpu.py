@@ -1,0 +1,322 @@
+"""`codequant bench gpu`: the experts' feed-forward on a GPU, against bfloat16, in one run.
+
+Every implementation computes the same function (its weights are the codebook weights, dequantized) and is checked
+against the float32 twin first. Times are of CUDA-graph replays; a graph holds several calls with different tokens and
+routings, so that weights come from memory and not from the last call's cache.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
+
+from codequant.bench import triton_bf16
+from codequant.kernels import reference
+from codequant.kernels import triton as backend
+from codequant.kernels.reference import ExpertWeights
+from codequant.kernels.triton import TritonExperts
+from codequant.kernels.triton.dispatch import generation
+from codequant.packing import PackedWeight, unpack
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "qwen3-30b": Shape(2048, 768, 128, 8),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "mixtral": Shape(4096, 14336, 8, 2),
+}
+TOKENS = (1, 8, 32, 128, 1024, 4096)
+LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
+LINEAR_TOKENS = (1, 8, 32)
+MAX_ERROR = 0.01  # relative, of bf16 results against float32
+
+
+@dataclass(frozen=True)
+class Call:
+    x: Tensor  # bf16 [T, I]
+    index: Tensor  # int64 [T, k]
+    weights: Tensor  # float32 [T, k]
+
+
+def random_packed(E: int, O: int, I: int) -> PackedWeight:
+    """Gaussian-like codebooks, uniformly random indices."""
+    packed = torch.randint(0, 256, (E, O, I // 2), dtype=torch.uint8, device="cuda")
+    codebook = (torch.randn(E, O, 1, 16, device="cuda") * 45).round().clamp(-127, 127).to(torch.int8).sort(-1).values
+    step = ((torch.rand(E, O, 1, device="cuda") + 0.5) / 45 / I**0.5).half()
+    return PackedWeight(packed, codebook, step, I)
+
+
+def random_call(shape: Shape, tokens: int) -> Call:
+    index = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=1).indices
+    weights = torch.rand(tokens, shape.top_k, device="cuda")
+    return Call(
+        torch.randn(tokens, shape.hidden, device="cuda").bfloat16(), index, weights / weights.sum(1, keepdim=True)
+    )
+
+
+def dequantized(weight: PackedWeight) -> Tensor:
+    """bf16 [E, O, I], one matrix at a time."""
+    out = torch.empty(*weight.packed.shape[:2], weight.in_features, dtype=torch.bfloat16, device="cuda")
+    for e, target in enumerate(out):
+        target.copy_(unpack(PackedWeight(weight.packed[e], weight.codebook[e], weight.step[e], weight.in_features)))
+    return out
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()  # compiles, and creates handles, outside of the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def replay_times(graph: torch.cuda.CUDAGraph, calls: int, seconds: float = 0.1) -> list[float]:
+    """Microseconds per call, one number per replay."""
+    for _ in range(3):
+        graph.replay()
+    times: list[float] = []
+    while len(times) < 10 or (sum(times) * calls < seconds * 1e6 and len(times) < 200):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return times
+
+
+def transformers_experts(shape: Shape, gate_up: Tensor, down: Tensor) -> Callable[[Call], Tensor]:
+    """What transformers runs by default on a GPU."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    module: Any = SimpleNamespace(
+        num_experts=shape.experts, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False,
+        is_transposed=False, is_concatenated=True, _is_expert_parallel=False,
+        _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    )  # fmt: skip
+    return lambda call: grouped_mm_experts_forward(module, call.x, call.index, call.weights.to(call.x.dtype))
+
+
+def grouped_mm_alone(shape: Shape, calls: Sequence[Call], gate_up: Tensor, down: Tensor) -> Callable[[], None]:
+    """Only the two matrix products, on rows that are in expert order already."""
+    prepared = []
+    for call in calls:
+        order = call.index.flatten().argsort(stable=True)
+        ends = torch.bincount(call.index.flatten(), minlength=shape.experts).cumsum(0).int()
+        x = call.x[order // shape.top_k]
+        prepared.append((x, torch.randn(len(x), shape.intermediate, device="cuda").bfloat16(), ends))
+
+    def run() -> None:
+        for x, hidden, ends in prepared:
+            torch._grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
+            torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+
+    return run
+
+
+def measured_ceilings() -> tuple[float, float]:
+    """(bytes/s of reading a large tensor, bf16 FLOP/s of a large product) of this GPU."""
+    a = torch.randn(2**30, device="cuda")
+    read = statistics.median(replay_times(captured(a.sum), 1))
+    m = torch.randn(8192, 8192, device="cuda").bfloat16()
+    product = statistics.median(replay_times(captured(lambda: m @ m), 1))
+    return 4 * a.numel() / read * 1e6, 2 * 8192**3 / product * 1e6
+
+
+def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
+    """One row per implementation, shape and number of tokens; experts first, then single matrices."""
+    rows = []
+    ceilings = measured_ceilings()
+    for name in shapes:
+        layer = random_layer(SHAPES[name])
+        for T in tokens:
+            rows += _run_experts(name, layer, T, ceilings)
+        del layer
+        torch.cuda.empty_cache()
+    for name, (O, I) in LINEAR.items():
+        rows += _run_linear(name, O, I, ceilings)
+    return rows
+
+
+def _row(
+    label: str, shape: str, tokens: int, times: list[float], bytes_read: float, work: float, best: float,
+    error: float, ceilings: tuple[float, float],
+) -> dict[str, Any]:  # fmt: skip
+    times = sorted(times)
+    median = statistics.median(times)
+    bandwidth, flops = ceilings
+    row = {
+        "benchmark": "gpu", "implementation": label, "shape": shape, "tokens": tokens, "threads": "",
+        "median_us": median, "p10_us": times[len(times) // 10], "p90_us": times[len(times) * 9 // 10],
+        "gb_per_s": bytes_read / median / 1e3, "bandwidth_share": bytes_read / median * 1e6 / bandwidth,
+        "compute_share": work / median * 1e6 / flops, "ratio_to": "best bf16", "ratio": best / median,
+        "relative_error": error, "device": torch.cuda.get_device_name(),
+        "isa": "sm{}{}".format(*torch.cuda.get_device_capability()), "torch": torch.__version__,
+    }  # fmt: skip
+    print(
+        f"{shape:17} T={tokens:<5} {label:17} {median:9.1f} us  {row['gb_per_s']:7.0f} GB/s  "
+        f"{best / median:5.2f}x best bf16",
+        flush=True,
+    )
+    return row
+
+
+def checked_times(
+    what: str, function: Callable[[Call], Tensor], calls: Sequence[Call], expected: Tensor
+) -> tuple[list[float], float]:
+    """Microseconds per call of each replay, and the relative error on the first call. Raises on a wrong result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    got = function(calls[0]).float()
+    torch.use_deterministic_algorithms(False)
+    error = float((got - expected).norm() / expected.norm())
+    if not error < MAX_ERROR:
+        raise RuntimeError(f"{what}: relative error {error:.3g}, expected < {MAX_ERROR}")
+    return replay_times(captured(lambda: [function(call) for call in calls]), len(calls)), error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The same experts for every implementation."""
+
+    shape: Shape
+    experts: ExpertWeights  # for the twin: 8-bit activations
+    a8: TritonExperts
+    a16: TritonExperts
+    gate_up: Tensor  # bf16 [E, 2M, I]
+    down: Tensor  # bf16 [E, I, M]
+
+
+def random_layer(shape: Shape) -> Layer:
+    E, M, I = shape.experts, shape.intermediate, shape.hidden
+    gate_up, down = random_packed(E, 2 * M, I), random_packed(E, I, M)
+    # The twin with the kernels' bf16 intermediate: else 8-bit levels near ties dominate the comparison.
+    experts = ExpertWeights(
+        gate_up, down, lambda h: F.silu(h[:, :M]) * h[:, M:], input_bits=8, down_bits=8,
+        down_transform=lambda h: h.bfloat16().float(),
+    )  # fmt: skip
+    a8 = backend.prepare_experts(replace(experts, down_transform=None))
+    assert isinstance(a8, TritonExperts)
+    a16 = replace(a8, rest=replace(a8.rest, input_bits=16, down_bits=16))
+    return Layer(shape, experts, a8, a16, dequantized(gate_up), dequantized(down))
+
+
+def best_triton_bf16(what: str, layer: Layer, calls: Sequence[Call], expected: Tensor) -> tuple[list[float], float]:
+    """The fastest of the yardstick's configurations."""
+    T, k = calls[0].index.shape
+    pdl = T * k <= generation(layer.down.device).pdl_rows
+    results = []
+    for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
+
+        def one(call: Call, config: triton_bf16.Config = config) -> Tensor:
+            return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
+
+        with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
+            results.append(checked_times(what, one, calls, expected))
+    return min(results, key=lambda result: statistics.median(result[0]))
+
+
+def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
+    shape = layer.shape
+    # Enough different routings to read every expert once where a call reads a few; two at least.
+    calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * shape.experts // (T * shape.top_k))))]
+    first = calls[0]
+    unquantized = replace(layer.experts, input_bits=16, down_bits=16)
+    exact_a8, exact = (
+        reference.codebook_experts(first.x.float(), first.index, first.weights, e) for e in (layer.experts, unquantized)
+    )
+    what = f"{name}, {T} tokens"
+    results = {
+        "codequant-a8": checked_times(
+            f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
+        ),
+        "codequant-a16": checked_times(
+            f"codequant-a16, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a16), calls, exact
+        ),
+        "transformers": checked_times(
+            f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact
+        ),
+        "triton-bf16": best_triton_bf16(f"triton-bf16, {what}", layer, calls, exact),
+        "torch-grouped_mm": (
+            replay_times(captured(grouped_mm_alone(shape, calls, layer.gate_up, layer.down)), len(calls)),
+            float("nan"),
+        ),
+    }
+    hit = statistics.mean(len(c.index.unique()) for c in calls)
+    weights_per_expert = 3 * shape.intermediate * shape.hidden
+    work = 2 * T * shape.top_k * weights_per_expert
+    best = min(statistics.median(times) for k, (times, _) in results.items() if not k.startswith("codequant"))
+    rows = []
+    for label, (times, error) in results.items():
+        bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
+        rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
+    return rows
+
+
+def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
+    """A single matrix, eight copies in turn; tinygemm's 4-bit product (group size 128, its own weights) beside it."""
+    packed = [random_packed(1, O, I) for _ in range(8)]
+    prepared = [backend.prepare_linear(PackedWeight(p.packed[0], p.codebook[0], p.step[0], I)) for p in packed]
+    dense = [dequantized(p)[0] for p in packed]
+    scales = torch.ones(I // 128, O, 2, dtype=torch.bfloat16, device="cuda")
+    tiny = [torch.ops.aten._convert_weight_to_int4pack(p.packed[0], 8) for p in packed]
+    products: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "codequant-a8": lambda x, i: backend.linear(x, prepared[i], None, 8),
+        "codequant-a16": lambda x, i: backend.linear(x, prepared[i]),
+        "torch-bf16": lambda x, i: F.linear(x, dense[i]),
+        "torch-int4pack": lambda x, i: torch.ops.aten._weight_int4pack_mm(x, tiny[i], 128, scales),
+    }
+    rows = []
+    for T in LINEAR_TOKENS:
+        x = torch.randn(T, I, device="cuda").bfloat16()
+        exact = F.linear(x.float(), unpack(packed[0])[0])
+        times = {}
+        for label, product in products.items():
+
+            def turn(x: Tensor = x, product: Callable[[Tensor, int], Tensor] = product) -> None:
+                for i in range(8):
+                    product(x, i)
+
+            times[label] = replay_times(captured(turn), 8)
+        best = statistics.median(times["torch-bf16"])
+        for label, product in products.items():
+            error = float("nan")
+            if label != "torch-int4pack":
+                error = float((product(x, 0).float() - exact).norm() / exact.norm())
+            bytes_read = O * I * (2 if label == "torch-bf16" else 0.5)
+            rows.append(_row(label, name, T, times[label], bytes_read, 2 * T * O * I, best, error, ceilings))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = run(arguments.shape, arguments.tokens)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

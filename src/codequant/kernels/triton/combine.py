@@ -1,0 +1,33 @@
+"""The weighted results of each token's experts, summed."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _combine(y, expert, out, N, E, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        e = tl.load(expert + pair)
+        routed = (e >= 0) & (e < E)  # the rows of other pairs hold nothing
+        total += tl.load(y + pair * N + n, mask=(n < N) & routed, other=0.0).to(tl.float32)
+    tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+def combine(y: Tensor, expert: Tensor, experts: int, top_k: int, out_dtype: torch.dtype, pdl: bool) -> Tensor:
+    """y [pairs, N], already weighted, and expert [pairs] -> [tokens, N]; sums in float32, in the order of the pairs."""
+    tokens, N = len(y) // top_k, y.shape[1]
+    out = torch.empty(tokens, N, dtype=out_dtype, device=y.device)
+    BLOCK = min(1024, triton.next_power_of_2(N))
+    _combine[(triton.cdiv(N, BLOCK), tokens)](
+        y, expert, out, N, experts, top_k, BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
+    return out

@@ -1,0 +1,229 @@
+"""Few tokens: each program multiplies a block of weight rows with one token, on dp4a, without any routing pass.
+
+At a batch of one or two the time is the weights' way from memory plus launches: the expert comes straight from the
+routing indices, the gate, its activation and `up` share a program, and `down` sums a token's experts in registers. With
+programmatic dependent launch (PDL) a program asks for its first weights before the activations it needs are finished.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codequant.kernels.triton.dispatch import DecodeConfig
+from codequant.kernels.triton.epilogue import activate
+from codequant.kernels.triton.layout import TritonWeight, padded_group
+from codequant.kernels.triton.ptx import dp4a, lookup_words
+
+
+@triton.jit
+def _table(table, index, mask):
+    """The four registers of each table, index counting tables."""
+    p = table + index * 4
+    return (
+        tl.load(p, mask=mask, other=0),
+        tl.load(p + 1, mask=mask, other=0),
+        tl.load(p + 2, mask=mask, other=0),
+        tl.load(p + 3, mask=mask, other=0),
+    )
+
+
+@triton.jit
+def _accumulate(
+    acc, packed, first, second, table, step, row, word, mask, G: tl.constexpr, WORDS_PER_GROUP: tl.constexpr
+):
+    """acc [SLOTS, BN, BW] += products of this chunk, in integers for one group per row, else scaled in float32."""
+    if G == 1:
+        t0, t1, t2, t3 = _table(table, row[:, :, None], row[:, :, None] >= 0)
+        w0, w1 = lookup_words(packed, t0, t1, t2, t3)
+        acc = dp4a(w1, second[:, None, :], dp4a(w0, first[:, None, :], acc))
+    else:
+        index = row[:, :, None] * G + (word // WORDS_PER_GROUP)[None, None, :]
+        t0, t1, t2, t3 = _table(table, index, mask)
+        w0, w1 = lookup_words(packed, t0, t1, t2, t3)
+        dot = dp4a(w1, second[:, None, :], dp4a(w0, first[:, None, :], tl.zeros(packed.shape, tl.int32)))
+        acc += dot.to(tl.float32) * tl.load(step + index, mask=mask, other=0.0)
+    return acc
+
+
+@triton.jit
+def _decode(
+    x_high,
+    x_low,
+    x_scale,
+    x_zero,
+    expert,
+    pair_weight,
+    words,
+    table,
+    step,
+    row_sum,
+    bias,
+    out,
+    N,
+    E,
+    TOP_K: tl.constexpr,
+    G: tl.constexpr,
+    WORDS_PER_GROUP: tl.constexpr,
+    ROUTED: tl.constexpr,
+    REDUCE: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (blocks of BN rows, outputs); x planes int32 [rows, 2 * WORDS], four activations each.
+
+    Without REDUCE output q is pair q, of token q // TOP_K; with it output q is token q and sums its TOP_K pairs, which
+    sit side by side in SLOTS, a power of two. GATED: rows N..2N hold `up`, rows 0..N the gate, and the output is
+    activation(gate) * up.
+    """
+    WORDS: tl.constexpr = G * WORDS_PER_GROUP
+    CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    q = tl.program_id(1)
+    slot = tl.arange(0, SLOTS)
+    if REDUCE:
+        live = slot < TOP_K
+        pair = q * TOP_K + slot
+        x_row = pair
+    else:
+        live = slot < 1
+        pair = q + slot
+        x_row = pair // TOP_K
+    if ROUTED:  # older than the kernel before this one, which waited for it
+        e = tl.load(expert + pair, mask=live, other=E)
+        live = live & (e >= 0) & (e < E)
+        e = tl.where(live, e, 0).to(tl.int64)
+    else:
+        e = tl.zeros([SLOTS], tl.int64)
+    n_safe = tl.minimum(n, N - 1)
+    if GATED:
+        row = e[:, None] * (2 * N) + n_safe[None, :]  # [SLOTS, BN]
+    else:
+        row = e[:, None] * N + n_safe[None, :]
+    weight = words + row[:, :, None] * WORDS
+    c = tl.arange(0, BW)
+    ahead = live[:, None, None] & (c < WORDS)[None, None, :]
+    gate_next = tl.load(weight + c[None, None, :], mask=ahead, other=0)
+    if GATED:
+        up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
+    gate = tl.zeros([SLOTS, BN, BW], DTYPE)
+    up = tl.zeros([SLOTS, BN, BW], DTYPE)
+    gate_low = tl.zeros([SLOTS, BN, BW], DTYPE)
+    up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
+    x_base = x_row.to(tl.int64) * (2 * WORDS)
+    for i in tl.static_range(CHUNKS):
+        word = i * BW + c
+        mask = live[:, None, None] & (word < WORDS)[None, None, :]
+        gate_words = gate_next
+        if GATED:
+            up_words = up_next
+        if i + 1 < CHUNKS:  # the next chunk travels while this one is multiplied
+            ahead = live[:, None, None] & (word + BW < WORDS)[None, None, :]
+            gate_next = tl.load(weight + (word + BW)[None, None, :], mask=ahead, other=0)
+            if GATED:
+                up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
+
+        x_word = word + word // WORDS_PER_GROUP * WORDS_PER_GROUP  # a group's second half follows its first
+        x_at = x_base[:, None] + x_word[None, :]
+        x_mask = live[:, None] & (word < WORDS)[None, :]
+        first = tl.load(x_high + x_at, mask=x_mask, other=0)
+        second = tl.load(x_high + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
+        gate = _accumulate(gate, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP)
+        if GATED:
+            up = _accumulate(up, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP)
+        if PLANES == 2:
+            first = tl.load(x_low + x_at, mask=x_mask, other=0)
+            second = tl.load(x_low + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
+            gate_low = _accumulate(
+                gate_low, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP
+            )
+            if GATED:
+                up_low = _accumulate(
+                    up_low, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP
+                )
+
+    scale = tl.load(x_scale + x_row, mask=live, other=0.0)
+    zero = tl.load(x_zero + x_row, mask=live, other=0.0)
+    y = _finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS)
+    if GATED:
+        y = activate(y, ACTIVATION) * _finish(
+            up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS
+        )
+    else:
+        y = activate(y, ACTIVATION)
+    if REDUCE:
+        y = y * tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)[:, None]
+    y = tl.sum(tl.where(live[:, None], y, 0.0), 0)  # [BN]
+    tl.store(out + q.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _finish(
+    high,
+    low,
+    scale,
+    zero,
+    step,
+    row_sum,
+    bias,
+    row,
+    G: tl.constexpr,
+    PLANES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Accumulators [SLOTS, BN, BW] -> float32 results [SLOTS, BN]."""
+    y = tl.sum(high, 2).to(tl.float32)
+    if PLANES == 2:
+        y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
+    if G == 1:
+        y = y * tl.load(step + row)
+    y = y * scale[:, None] + zero[:, None] * tl.load(row_sum + row)
+    if HAS_BIAS:
+        y += tl.load(bias + row).to(tl.float32)
+    return y
+
+
+def decode(
+    x: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: TritonWeight,
+    bias: Tensor | None,
+    expert: Tensor | None,
+    pair_weight: Tensor | None,
+    top_k: int,
+    gated: bool,
+    activation: str,
+    planes: int,
+    out_dtype: torch.dtype,
+    config: DecodeConfig,
+    pdl: bool,
+) -> Tensor:
+    """x: the result of `quantize`. One output row per pair of x [T, I] and expert [T, top_k] or, given pair_weight,
+    x [T * top_k, I] and one output row per token. expert None: a single matrix and top_k = 1."""
+    high, low, scale, zero = x
+    reduce = pair_weight is not None
+    E, rows, _ = weight.words.shape
+    N = rows // 2 if gated else rows
+    outputs = len(high) // top_k if reduce else len(high) * top_k
+    out = torch.empty(outputs, N, dtype=out_dtype, device=high.device)
+    words_per_group = padded_group(weight.in_features // weight.groups) // 8
+    _decode[(triton.cdiv(N, config.rows), outputs)](
+        high.view(torch.int32), low.view(torch.int32), scale, zero, expert if expert is not None else scale,
+        pair_weight if reduce else scale, *weight.tensors, bias if bias is not None else scale, out, N, E,
+        TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
+        GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
+        SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,
+        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), PDL=pdl,
+        num_warps=config.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,106 @@
+"""Which kernel runs a problem, and with which block sizes: the measured table, per GPU generation.
+
+Block sizes depend on the tokens that an expert gets on average, which decides between reading weights and multiplying,
+and on the activations' planes, which multiply the products. Measured on an H200, see docs/LOG.md.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    rows: int  # weight rows per program
+    words: int  # 32-bit weight words per row and step
+    warps: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One step of a matrix product on tensor cores."""
+
+    rows: int  # weight rows per program
+    bytes: int  # packed bytes of a weight row per step: as many columns of each half
+    warps: int
+    stages: int
+    registers: int | None = None  # per thread at most, so that more programs share a multiprocessor
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    density: float  # the highest average of tokens per expert that this serves
+    tokens: int  # one program serves up to so many tokens of an expert
+    up: Tile
+    down: Tile
+    wide_down: Tile  # down, for rows longer than WIDE
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """For a single matrix, which has few rows to occupy the GPU with."""
+
+    batch: float  # the largest number of tokens that this serves
+    tokens: int
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Configurations of one GPU generation."""
+
+    decode_up: DecodeConfig  # also for single matrices
+    decode_down: DecodeConfig  # a program sums a token's experts
+    decode_down_few: DecodeConfig  # where those are one or two
+    grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
+    linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending batch
+    pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
+
+    def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
+        """Configuration for expert-sorted blocks."""
+        return next(config for config in self.grouped[planes] if tokens_per_expert <= config.density)
+
+    def pick_linear(self, planes: int, tokens: int) -> LinearConfig:
+        return next(config for config in self.linear[planes] if tokens <= config.batch)
+
+
+WIDE = 4096
+
+
+def decodes(tokens: int, pairs: int, experts: int) -> bool:
+    """Whether the decode kernel runs a batch: it reads an expert once per pair, the other once per block of tokens."""
+    return tokens <= 2 or pairs <= experts // 4
+
+
+_NARROW, _LONG = Tile(64, 64, 4, 4), Tile(64, 256, 4, 3)
+_HUGE = float("inf")
+_GROUPED: dict[int, tuple[GroupedConfig, ...]] = {
+    1: (
+        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
+        GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
+        GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
+        GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
+    ),
+    2: (
+        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
+        GroupedConfig(48, 32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
+        GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
+    ),
+}
+_LINEAR = (LinearConfig(32, 16, Tile(32, 256, 2, 3)), LinearConfig(128, 64, Tile(64, 128, 4, 3)))
+_LINEARS: dict[int, tuple[LinearConfig, ...]] = {
+    1: (*_LINEAR, LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3))),
+    2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
+}
+_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
+HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=2048)
+AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=0)
+
+
+@cache
+def generation(device: torch.device) -> Generation:
+    """By compute capability: 9.x and newer are taken as Hopper, all else (and the interpreter) as Ampere or Ada."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return HOPPER
+    return AMPERE

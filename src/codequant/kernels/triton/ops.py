@@ -1,0 +1,132 @@
+"""The kernels as PyTorch operators, so that torch.compile and CUDA graphs take them as they are.
+
+A feed-forward is `route`, `expert_up` and `expert_down`; between the last two the caller may apply what no kernel
+fuses. Which kernel runs is decided inside, by the number of tokens: small batches use the decode kernel, which needs no
+routing (its lists are then left unwritten) and keeps the intermediate in the order of the pairs; larger ones use
+expert-sorted blocks, and the intermediate is in expert order. What is between them must therefore treat rows alike.
+The three must agree on block sizes, so all are told `layer_bits`, the wider of the layer's two activation widths.
+"""
+
+import torch
+from torch import Tensor
+
+from codequant.kernels.triton.activation import quantize
+from codequant.kernels.triton.combine import combine
+from codequant.kernels.triton.decode import decode
+from codequant.kernels.triton.dispatch import WIDE, decodes, generation
+from codequant.kernels.triton.grouped import grouped
+from codequant.kernels.triton.layout import TritonWeight
+from codequant.kernels.triton.routing import Routing, empty_routing
+from codequant.kernels.triton.routing import route as launch_route
+
+
+def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
+    words, table, step, row_sum = tensors
+    return TritonWeight(words, table, step, row_sum, in_features, bits=4, stacked=True)
+
+
+def _planes(activation_bits: int) -> int:
+    return 2 if activation_bits == 16 else 1
+
+
+@torch.library.custom_op("codequant::triton_linear", mutates_args=())
+def linear(
+    x: Tensor, weight: list[Tensor], in_features: int, bias: Tensor | None, activation_bits: int, clip: float
+) -> Tensor:
+    """x [T, I] and the tensors of a TritonWeight -> [T, O] in x's dtype."""
+    w, x, chip, planes = _weight(weight, in_features), x.contiguous(), generation(x.device), _planes(activation_bits)
+    tokens, pdl = len(x), len(x) <= chip.pdl_rows
+    if tokens == 0:
+        return x.new_empty(0, w.out_features)
+    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, tokens, 1):
+        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
+    config = chip.pick_linear(planes, tokens)
+    return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.tile, pdl)
+
+
+@linear.register_fake
+def _(x, weight, in_features, bias, activation_bits, clip):
+    return x.new_empty(x.shape[0], weight[0].shape[1])
+
+
+@torch.library.custom_op("codequant::triton_route", mutates_args=())
+def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
+    """expert [T, top_k] -> the tensors of a Routing, whose blocks suit activations of so many bits."""
+    chip, pairs = generation(expert.device), expert.numel()
+    if decodes(len(expert), pairs, experts):
+        return empty_routing(expert, experts).tensors
+    config = chip.pick(_planes(layer_bits), pairs / experts)
+    return launch_route(expert.contiguous(), experts, config.tokens, pairs <= chip.pdl_rows).tensors
+
+
+@route.register_fake
+def _(expert, experts, layer_bits):
+    return empty_routing(expert, experts).tensors
+
+
+@torch.library.custom_op("codequant::triton_expert_up", mutates_args=())
+def expert_up(
+    x: Tensor,
+    expert: Tensor,
+    routing: list[Tensor],
+    weight: list[Tensor],
+    in_features: int,
+    bias: Tensor | None,
+    gated: bool,
+    activation: str,
+    activation_bits: int,
+    clip: float,
+    layer_bits: int,
+) -> Tensor:
+    """x [T, I], expert [T, top_k] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x)."""
+    w, x, chip, planes = _weight(weight, in_features), x.contiguous(), generation(x.device), _planes(activation_bits)
+    expert, (tokens, top_k) = expert.contiguous(), expert.shape
+    pdl = expert.numel() <= chip.pdl_rows
+    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, expert.numel(), len(w.words)):
+        return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, pdl)
+    config = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
+    return grouped(
+        q, w, bias, Routing(*routing), None, top_k, gated, activation, planes, x.dtype, config.tokens, config.up, pdl
+    )  # fmt: skip
+
+
+@expert_up.register_fake
+def _(x, expert, routing, weight, in_features, bias, gated, activation, activation_bits, clip, layer_bits):
+    rows = weight[0].shape[1]
+    return x.new_empty(expert.numel(), rows // 2 if gated else rows)
+
+
+@torch.library.custom_op("codequant::triton_expert_down", mutates_args=())
+def expert_down(
+    hidden: Tensor,
+    expert: Tensor,
+    pair_weight: Tensor,
+    routing: list[Tensor],
+    weight: list[Tensor],
+    in_features: int,
+    bias: Tensor | None,
+    activation_bits: int,
+    clip: float,
+    layer_bits: int,
+) -> Tensor:
+    """hidden [T * top_k, M] of `expert_up`, expert and pair_weight [T, top_k] -> [T, O] in hidden's dtype."""
+    w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
+    expert, pair_weight, (tokens, top_k) = expert.contiguous(), pair_weight.contiguous(), expert.shape
+    planes, pdl = _planes(activation_bits), expert.numel() <= chip.pdl_rows
+    q = quantize(hidden, w.groups, activation_bits, clip, pdl)
+    if decodes(tokens, expert.numel(), len(w.words)):
+        config = chip.decode_down if top_k > 2 else chip.decode_down_few
+        return decode(q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, config, pdl)
+    block = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
+    tile = block.wide_down if in_features > WIDE else block.down
+    y = grouped(
+        q, w, bias, Routing(*routing), pair_weight, top_k, False, "none", planes, hidden.dtype, block.tokens, tile, pdl
+    )  # fmt: skip
+    return combine(y, expert, len(w.words), top_k, hidden.dtype, pdl)
+
+
+@expert_down.register_fake
+def _(hidden, expert, pair_weight, routing, weight, in_features, bias, activation_bits, clip, layer_bits):
+    return hidden.new_empty(expert.shape[0], weight[0].shape[1])

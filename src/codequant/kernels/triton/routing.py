@@ -1,0 +1,139 @@
+"""Sort (token, expert) pairs by expert on the GPU: no host synchronization, so that CUDA graphs can hold it.
+
+The pairs of one expert become consecutive; each expert's run is cut into blocks of BM pairs, and a matrix kernel runs
+one program row per block. How many blocks there are is known only on the device: the grid is the upper bound, and
+programs without a block return at once. Pairs whose expert is not in 0..E-1 (sentinels of expert parallelism) come last
+and belong to no block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 512  # pairs that one program sorts
+SHARE = 16  # blocks that one program lists
+MIN_BLOCK = 16  # pairs in a block: the narrowest tensor-core product
+
+
+@dataclass(frozen=True)
+class Routing:
+    pair: Tensor  # int32 [pairs]: position in expert order -> pair
+    end: Tensor  # int32 [E]: position after the expert's last pair
+    block_expert: Tensor  # int32 [blocks]: E where there is no such block
+    block_start: Tensor  # int32 [blocks]: position of its first pair
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.pair, self.end, self.block_expert, self.block_start]
+
+
+def max_blocks(pairs: int, experts: int, block: int) -> int:
+    """Blocks that `pairs` pairs can need at most, however they are routed."""
+    return min(pairs, experts) + pairs // block
+
+
+def empty_routing(expert: Tensor, experts: int) -> Routing:
+    """Room for any block size; the sizes are plain functions of the shapes, as torch.compile needs them."""
+    pairs = expert.numel()
+    blocks = experts + pairs // MIN_BLOCK
+    sizes = (pairs, experts, blocks, blocks)
+    return Routing(*(torch.empty(size, dtype=torch.int32, device=expert.device) for size in sizes))
+
+
+@triton.jit
+def _bins(expert, first, pairs, E, LENGTH: tl.constexpr):
+    """Experts of pairs first..first+LENGTH, E for sentinels and pairs past the end."""
+    i = first + tl.arange(0, LENGTH)
+    e = tl.load(expert + i, mask=i < pairs, other=E)
+    return tl.where((e >= 0) & (e < E), e, E).to(tl.int32)
+
+
+@triton.jit
+def _count(expert, counts, pairs, E, LENGTH: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
+    """counts[chunk, e]: pairs of expert e in the chunk."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chunk = tl.program_id(0)
+    e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(e, BINS))
+
+
+@triton.jit
+def _place(
+    expert,
+    counts,
+    pair,
+    end,
+    block_expert,
+    block_start,
+    pairs,
+    E,
+    blocks,
+    LENGTH: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each program places the pairs of its chunk, if there is one, and fills its share of the block lists."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
+    own = tl.histogram(e, BINS)
+    if CHUNKS == 1:
+        total = tl.histogram(_bins(expert, 0, pairs, E, LENGTH), BINS)
+        before = tl.zeros([BINS], tl.int32)
+    else:
+        rows = tl.arange(0, CHUNKS)
+        in_use = rows * LENGTH < pairs
+        table = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=in_use[:, None], other=0)
+        total = tl.sum(table, 0)
+        before = tl.sum(tl.where((rows < chunk)[:, None], table, 0), 0)
+
+    start = tl.cumsum(total, 0) - total  # [BINS]
+    if chunk == 0:
+        tl.store(end + bins, start + total, mask=bins < E)
+    # This program's share of the blocks.
+    cut = tl.where(bins < E, (total + BM - 1) // BM, 0)
+    cut_end = tl.cumsum(cut, 0)
+    b = chunk * SHARE + tl.arange(0, SHARE)
+    of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [SHARE], BINS past the last block
+    here = (bins[None, :] == of[:, None]).to(tl.int32)
+    at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
+    tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
+    tl.store(block_start + b, at, mask=b < blocks)
+    if chunk * LENGTH < pairs:
+        # A chunk sorted by (expert, position) holds each expert's pairs side by side, from own_start[e] on.
+        own_start = tl.cumsum(own, 0) - own
+        key = tl.sort(e * LENGTH + tl.arange(0, LENGTH))
+        e = key // LENGTH
+        target = tl.gather(start + before - own_start, e, 0) + tl.arange(0, LENGTH)
+        index = chunk * LENGTH + key % LENGTH
+        tl.store(pair + target, index, mask=index < pairs)
+
+
+def route(expert: Tensor, experts: int, block: int, pdl: bool) -> Routing:
+    """expert [pairs], any integer dtype -> the pairs in expert order and their blocks of `block` pairs."""
+    P = expert.numel()
+    blocks = max_blocks(P, experts, block)
+    length = min(CHUNK, max(16, triton.next_power_of_2(P)))
+    chunks = triton.cdiv(P, length)
+    bins = triton.next_power_of_2(experts + 1)
+    routing = empty_routing(expert, experts)
+    counts = routing.end  # unused where there is one chunk
+    if chunks > 1:
+        counts = torch.empty(chunks, bins, dtype=torch.int32, device=expert.device)
+        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl, num_warps=4, launch_pdl=pdl)
+    _place[(max(chunks, triton.cdiv(blocks, SHARE)),)](
+        expert, counts, *routing.tensors, P, experts, blocks,
+        length, bins, triton.next_power_of_2(chunks), SHARE, block, PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
+    return routing

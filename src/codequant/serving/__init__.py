@@ -1,0 +1,1 @@
+"""Quantized folders in serving engines."""

@@ -1,0 +1,397 @@
+"""The Triton kernels against their twins in float64: on the CPU in Triton's interpreter, and the same tests on a GPU
+(`pytest -m gpu`).
+
+Products of 4- and 8-bit activations are exact in integers, so results differ from the twin's by the rounding of a few
+float32 operations, each at most eps times the sum of the terms' magnitudes; every further codebook group adds one. A16
+adds the fixed-point error, at most max |x| / 65024 per input element.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from codequant.kernels import reference
+from codequant.kernels.reference import ExpertWeights
+from codequant.packing import PackedWeight, groups_per_row, pack, unpack
+
+pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
+
+from codequant.kernels import triton as backend
+from codequant.kernels.triton import ops, routing
+from codequant.kernels.triton.activation import quantize
+from codequant.kernels.triton.dispatch import decodes
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import ptx_interpreter
+
+    ptx_interpreter.install()
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("Triton compiles for the GPU here; the interpreter needs TRITON_INTERPRET=1")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Under deterministic algorithms torch.empty is filled with NaN (integers: their maximum)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_weight(shape: tuple[int, ...], bits: int, group_size: int, generator: torch.Generator) -> PackedWeight:
+    *lead, O, I = shape
+    G, K = groups_per_row(I, group_size), 2**bits
+    indices = torch.randint(K, (*lead, O, I), generator=generator, dtype=torch.uint8)
+    codebook = torch.randint(-127, 128, (*lead, O, G, K), generator=generator, dtype=torch.int8)
+    step = (torch.rand(*lead, O, G, generator=generator) + 0.1) / 127 / I**0.5
+    return pack(indices, codebook, step.half())
+
+
+def to(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    return PackedWeight(
+        weight.packed.to(device), weight.codebook.to(device), weight.step.to(device), weight.in_features
+    )
+
+
+def linear_tolerance(x: Tensor, weight: PackedWeight, bits: int) -> Tensor:
+    """Largest |error| of each output [T, O] in float32; see the top of this file."""
+    x, w = x.double(), unpack(weight).double()
+    G = weight.codebook.shape[-2]
+    magnitude = x.abs() @ w.abs().T
+    if bits == 16:
+        return x.abs().amax(-1, keepdim=True) / 65024 * w.abs().sum(-1) + (8 + G) * EPS * magnitude
+    span = x.abs().amax(-1, keepdim=True) * 2  # the zero point and the levels reach as far as this
+    return (8 + G) * EPS * span * w.abs().sum(-1)
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    error = (actual.double().cpu() - expected.double()).abs()
+    assert error.isfinite().all()
+    assert (error <= tolerance).all(), f"{(error / tolerance).max():.3g} times the tolerance"
+
+
+# ---------------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape, group_size", [((3, 50), -1), ((5, 96), 32), ((2, 3, 7, 128), 64), ((1, 1), -1)])
+def test_restore_gives_back_what_was_prepared(bits: int, shape: tuple[int, ...], group_size: int) -> None:
+    if len(shape) == 4:
+        shape = shape[1:]
+    weight = random_weight(shape, bits, group_size, torch.Generator().manual_seed(0))
+    restored = backend.restore(backend.prepare_linear(weight))
+    assert restored.in_features == weight.in_features
+    for name in ("packed", "codebook", "step"):
+        assert torch.equal(getattr(restored, name), getattr(weight, name)), name
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
+    x = torch.randn(5, 83, generator=torch.Generator().manual_seed(1)) * 3
+    x[1] = 1.25  # a constant token has no range
+    x[2] = x[2].abs()
+    expected = reference.quantize_activation(x, bits, 0.9)
+    high, _, scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, pdl=False))
+    shift = 2 ** (bits - 1)
+    assert torch.equal(high[:, :83].int() + shift, expected.level.int())
+    assert not high[:, 83:].any()
+    torch.testing.assert_close(scale, expected.step[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(zero, (expected.lo + shift * expected.step)[:, 0], rtol=2 * EPS, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ linear
+
+LINEAR = [  # bits, group size, I, O, T
+    (4, -1, 96, 20, 1),
+    (4, -1, 200, 70, 3),
+    (4, -1, 1096, 9, 2),
+    (4, -1, 704, 65, 17),
+    (3, -1, 50, 7, 9),
+    (2, -1, 1, 1, 1),
+    (4, -1, 64, 66, 140),
+    (2, 64, 128, 33, 4),
+    (4, 32, 96, 5, 5),
+    (3, 192, 384, 66, 33),
+]
+
+
+@pytest.mark.parametrize("activation_bits", [4, 8, 16])
+@pytest.mark.parametrize("bits, group_size, I, O, T", LINEAR)
+def test_linear_equals_its_twin(
+    device: torch.device, bits: int, group_size: int, I: int, O: int, T: int, activation_bits: int
+) -> None:
+    generator = torch.Generator().manual_seed(I + O + T)
+    weight = random_weight((O, I), bits, group_size, generator)
+    x = torch.randn(T, I, generator=generator) * torch.rand(T, 1, generator=generator).exp2()
+    x[:, 0] *= 30  # an outlier channel
+    bias = torch.randn(O, generator=generator)
+    prepared = backend.prepare_linear(to(weight, device))
+    y = backend.linear(x.to(device), prepared, bias.to(device), activation_bits, 0.95)
+    expected = reference.codebook_linear(x.double(), weight, bias.double(), activation_bits, 0.95)
+    assert_within(y, expected, linear_tolerance(x, weight, activation_bits) + EPS * (expected.abs() + bias.abs()))
+
+
+def test_linear_keeps_leading_dimensions_and_dtype(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = random_weight((12, 40), 4, -1, generator)
+    prepared = backend.prepare_linear(to(weight, device))
+    x = torch.randn(2, 3, 40, generator=generator).bfloat16()
+    y = backend.linear(x.to(device), prepared)
+    assert y.shape == (2, 3, 12) and y.dtype == torch.bfloat16
+    expected = reference.codebook_linear(x.double(), weight)
+    tolerance = linear_tolerance(x.view(6, 40), weight, 16).view(2, 3, 12)
+    assert_within(y, expected, tolerance + torch.finfo(torch.bfloat16).eps * expected.abs())
+    assert backend.linear(x[:, :0].to(device), prepared).shape == (2, 0, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------- experts
+
+
+def random_experts(E: int, I: int, M: int, O: int, bits: int = 4, group_size: int = -1, **flags) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(E * I + M)
+    has_gate = flags.get("has_gate", True)
+    rows = 2 * M if has_gate else M
+    flags.setdefault("apply_gate", lambda h: F.silu(h[:, :M]) * h[:, M:] if has_gate else F.silu(h))
+    if flags.pop("bias", False):
+        flags["gate_up_bias"] = torch.randn(E, rows, generator=generator)
+        flags["down_bias"] = torch.randn(E, O, generator=generator)
+    return ExpertWeights(
+        random_weight((E, rows, I), bits, group_size, generator),
+        random_weight((E, O, M), bits, group_size, generator),
+        **flags,
+    )
+
+
+def moved(experts: ExpertWeights, device: torch.device) -> ExpertWeights:
+    values = dict(vars(experts))
+    for name, value in values.items():
+        if isinstance(value, PackedWeight):
+            values[name] = to(value, device)
+        elif isinstance(value, Tensor):
+            values[name] = value.to(device)
+    return ExpertWeights(**values)
+
+
+def random_routing(T: int, E: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    index = torch.rand(T, E, generator=generator).topk(k, dim=1).indices
+    return index, torch.rand(T, k, generator=generator)
+
+
+def check_experts(
+    experts: ExpertWeights,
+    device: torch.device,
+    T: int,
+    index: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Stage by stage, so that a level of the intermediate that lies near a tie cannot blur the comparison: the
+    intermediate against its twin, then the result against the twin of `down` on the kernels' own intermediate."""
+    E, k = experts.num_experts, index.shape[1]
+    caught: list[Tensor] = []
+    prepared = backend.prepare_experts(
+        replace(moved(experts, device), down_transform=lambda h: caught.append(h.clone()) or h)
+    )
+    x = torch.randn(T, experts.gate_up.in_features, generator=torch.Generator().manual_seed(T)).to(dtype)
+    index_there, weights_there = index.to(device), weights.to(device)
+    y = backend.experts(x.to(device), index_there, weights_there, prepared)
+    assert y.dtype == dtype
+    in_pair_order = decodes(T, T * k, E)
+    order = (
+        torch.arange(T * k)
+        if in_pair_order
+        else ops.route(index_there, E, max(experts.input_bits, experts.down_bits))[0].cpu().long()
+    )
+    hidden = torch.empty(T * k, experts.down.in_features, dtype=torch.float64)
+    hidden[order] = caught[0].double().cpu()
+
+    eps = torch.finfo(dtype).eps
+    expected = torch.zeros(T, experts.down.out_features, dtype=torch.float64)
+    tolerance = torch.zeros_like(expected)
+    for pair, e in enumerate(index.flatten().tolist()):
+        if not 0 <= e < E:
+            continue
+        t, w = pair // k, float(weights.flatten()[pair])
+        up, down = (
+            PackedWeight(m.packed[e], m.codebook[e], m.step[e], m.in_features) for m in (experts.gate_up, experts.down)
+        )
+        bias = (None, None) if experts.down_bias is None else (experts.gate_up_bias[e], experts.down_bias[e])
+        raw = reference.codebook_linear(x[t : t + 1].double(), up, bias[0], experts.input_bits, experts.input_clip)
+        raw_error = linear_tolerance(x[t : t + 1], up, experts.input_bits) + 4 * max(eps, EPS) * raw.abs()
+        # Every activation here has |f'| <= 1.2 and |f(g)| <= |g|: the error of f(g) * u, or of f(g).
+        gate, up_part = raw.chunk(2, -1) if experts.has_gate else (raw, torch.ones_like(raw))
+        gate_error, up_error = raw_error.chunk(2, -1) if experts.has_gate else (raw_error, torch.zeros_like(raw))
+        h = experts.apply_gate(raw)
+        h_error = (
+            1.2 * gate_error * (up_part.abs() + up_error + 1) + gate.abs() * up_error + 8 * max(eps, EPS) * h.abs()
+        )
+        assert_within(hidden[pair], h[0], h_error[0])
+        row = hidden[pair : pair + 1]
+        out = reference.codebook_linear(row, down, bias[1], experts.down_bits, experts.down_clip)
+        expected[t] += w * out[0]
+        tolerance[t] += (
+            abs(w) * (linear_tolerance(row, down, experts.down_bits) + 4 * max(eps, EPS) * (out.abs() + 1))[0]
+        )
+    assert_within(y, expected, tolerance + eps * expected.abs())
+
+
+def check_random_routing(experts: ExpertWeights, device: torch.device, T: int, k: int, **kwargs) -> None:
+    index, weights = random_routing(T, experts.num_experts, k, torch.Generator().manual_seed(T + k))
+    check_experts(experts, device, T, index, weights, **kwargs)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(
+    "T, E, k, I, M, O", [(1, 5, 3, 72, 40, 33), (2, 3, 1, 50, 65, 9), (21, 7, 2, 136, 70, 66), (40, 2, 1, 64, 32, 5)]
+)
+def test_experts_equal_their_twin(
+    device: torch.device, bits: int, T: int, E: int, k: int, I: int, M: int, O: int
+) -> None:
+    check_random_routing(random_experts(E, I, M, O, input_bits=bits, down_bits=bits), device, T, k)
+
+
+@pytest.mark.parametrize("T", [2, 11])
+@pytest.mark.parametrize("bits, group_size", [(3, -1), (2, 32), (4, 64)])
+def test_experts_of_every_width_and_group(device: torch.device, T: int, bits: int, group_size: int) -> None:
+    check_random_routing(random_experts(3, 128, 64, 20, bits, group_size, input_bits=8, down_bits=16), device, T, 2)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("T", [2, 9])
+@pytest.mark.parametrize(
+    "activation, has_gate",
+    [("silu", True), ("gelu", True), ("gelu_pytorch_tanh", True), ("relu", False), ("silu", False)],
+)
+def test_every_fused_activation_with_biases(device: torch.device, T: int, activation: str, has_gate: bool) -> None:
+    f = ACTIVATIONS[activation]
+    gate = (lambda h: f(h[:, :24]) * h[:, 24:]) if has_gate else f
+    experts = random_experts(
+        4, 40, 24, 18, activation=activation, has_gate=has_gate, apply_gate=gate, bias=True, input_bits=8, down_bits=8
+    )  # fmt: skip
+    check_random_routing(experts, device, T, 2)
+
+
+@pytest.mark.parametrize("T", [2, 9])
+def test_own_gate_and_clip(device: torch.device, T: int) -> None:
+    experts = random_experts(
+        4, 40, 24, 18, activation=None, apply_gate=lambda h: h[:, :24].tanh() * (h[:, 24:] + 1), bias=True,
+        input_bits=4, input_clip=0.9, down_bits=8, down_clip=0.8,
+    )  # fmt: skip
+    check_random_routing(experts, device, T, 2)
+
+
+@pytest.mark.parametrize("T", [2, 20])
+def test_bfloat16_input(device: torch.device, T: int) -> None:
+    check_random_routing(random_experts(4, 64, 48, 32, input_bits=8, down_bits=8), device, T, 2, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("expert", [0, 5, -1])
+def test_all_tokens_to_one_expert_or_to_none(device: torch.device, T: int, expert: int) -> None:
+    """Experts 5 and -1 do not exist here: sentinels of expert parallelism, whose tokens get zeros."""
+    index = torch.full((T, 2), expert)
+    index[0, 0] = 2  # and one token that goes elsewhere
+    weights = torch.rand(T, 2, generator=torch.Generator().manual_seed(0))
+    check_experts(random_experts(5, 64, 32, 16, input_bits=8, down_bits=8), device, T, index, weights)
+
+
+def test_results_do_not_depend_on_the_batch(device: torch.device) -> None:
+    """A token's result in a larger batch of the same kernel is bitwise the same."""
+    experts = random_experts(6, 64, 32, 16, input_bits=8, down_bits=8)
+    prepared = backend.prepare_experts(moved(experts, device))
+    generator = torch.Generator().manual_seed(0)
+    index, weights = random_routing(24, 6, 2, generator)
+    x = torch.randn(24, 64, generator=generator)
+    x, index, weights = x.to(device), index.to(device), weights.to(device)
+    whole = backend.experts(x, index, weights, prepared)
+    assert torch.equal(whole[:10], backend.experts(x[:10], index[:10], weights[:10], prepared))
+
+
+# ----------------------------------------------------------------------------------------------------------- routing
+
+
+@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (600, 40, 16), (1100, 3, 128)])
+def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
+    expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
+    lists = routing.route(expert.to(device), E, block, pdl=False)
+    pair, end, block_expert, block_start = (t.cpu().long() for t in lists.tensors)
+    assert torch.equal(pair.sort().values, torch.arange(pairs))
+    seen = []
+    for b in range(routing.max_blocks(pairs, E, block)):
+        e = int(block_expert[b])
+        if e < E:
+            positions = range(int(block_start[b]), min(int(block_start[b]) + block, int(end[e])))
+            assert len(positions) > 0
+            assert (expert[pair[list(positions)]] == e).all()
+            seen += positions
+    assert sorted(seen) == list(range(int(((expert >= 0) & (expert < E)).sum())))
+    for e in range(E):  # in the order of the pairs, so that results are reproducible
+        own = pair[int(end[e]) - int((expert == e).sum()) : int(end[e])]
+        assert torch.equal(own, own.sort().values)
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+@pytest.mark.parametrize("T", [2, 12])
+def test_operators_are_registered_correctly(device: torch.device, T: int) -> None:
+    experts = moved(random_experts(3, 40, 24, 16, bias=True), device)
+    up, down = backend.prepare_experts(experts).gate_up, backend.prepare_experts(experts).down
+    index, weights = (t.to(device) for t in random_routing(T, 3, 2, torch.Generator().manual_seed(0)))
+    x = torch.randn(T, 40, device=device)
+    lists = ops.route(index, 3, 8)
+    hidden = ops.expert_up(x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)
+    one = backend.prepare_linear(
+        PackedWeight(*(getattr(experts.down, n)[0] for n in ("packed", "codebook", "step")), 24)
+    )
+    checks = [
+        (ops.linear, (hidden, one.tensors, 24, None, 8, 1.0)),
+        (ops.expert_up, (x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)),
+        (ops.expert_down, (hidden, index, weights, lists, down.tensors, 24, experts.down_bias, 8, 1.0, 8)),
+    ]
+    for op, arguments in checks:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 8, 200])
+def test_compile_and_cuda_graph_give_the_eager_result(T: int) -> None:
+    device = torch.device("cuda")
+    prepared = backend.prepare_experts(moved(random_experts(8, 256, 128, 256, input_bits=8, down_bits=8), device))
+    generator = torch.Generator().manual_seed(T)
+    index, weights = (t.to(device) for t in random_routing(T, 8, 2, generator))
+    x = torch.randn(T, 256, generator=generator).to(device, torch.bfloat16)
+    eager = backend.experts(x, index, weights, prepared)
+    compiled = torch.compile(backend.experts, fullgraph=True)(x, index, weights, prepared)
+    assert torch.equal(eager, compiled)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.experts(x, index, weights, prepared)
+    other_index, other_weights = (t.to(device) for t in random_routing(T, 8, 2, generator))
+    other_x = torch.randn(T, 256, generator=generator).to(device, torch.bfloat16)
+    expected = backend.experts(other_x, other_index, other_weights, prepared)
+    x.copy_(other_x), index.copy_(other_index), weights.copy_(other_weights)
+    graph.replay()
+    assert torch.equal(captured, expected)
