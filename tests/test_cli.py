@@ -197,6 +197,13 @@ def test_verify_evaluate_inspect_generate(quantized, shared_source, tmp_path, ca
     found = json.loads(numbers.read_text())
     assert {"perplexity", "reference_perplexity", "kl", "router_change", "bits_per_weight", "tokens"} <= found.keys()
     assert found["tokens"] == 4 * 15 and 0 < found["kl"] < 0.5
+    assert run("report", quantized, "--evaluation", numbers) == 0
+    assert f"{found['perplexity']:.3f}" in (quantized / "report.html").read_text()
+    assert run("verify", quantized) == 0  # the page is no part of what is hashed
+    whole = ["--windows", 0, "--length", 16, "--text", text, "--json", numbers]
+    assert run("evaluate", quantized, *whole) == 0
+    assert json.loads(numbers.read_text())["tokens"] > 15 * 100  # 32 documents of some 60 characters, in order
+    assert run("evaluate", quantized, "--tasks", "piqua", "--task-dir", tmp_path) == 2
     capsys.readouterr()
     assert run("inspect", quantized, "--json", "-") == 0
     assert '"bits_per_weight"' in capsys.readouterr().out
