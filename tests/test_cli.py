@@ -159,7 +159,7 @@ def test_no_room_on_disk(source, tmp_path, capsys, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert run("quantize", source, tmp_path / "out", *SETS, "--calibration", tmp_path / "text.txt") == 2
-    assert "disk: 0.0 GB free" in capsys.readouterr().err
+    assert "disk: 0.00 GB free" in capsys.readouterr().err
     assert not pipeline.work_folder(tmp_path / "out").exists()
 
 
