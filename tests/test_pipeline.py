@@ -37,10 +37,17 @@ def test_quantize_load_generate(family: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out.codequant-work").exists()
 
 
-@pytest.mark.parametrize("recipe", ["paper", "w4a4-full", "w3a8", "w2a8"])
-def test_recipes(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        *(("paper", []), ("w4a4-full", []), ("w3a8", []), ("w2a8", [])),
+        ("w3a8", ["weights.group_size=8", "rotation.heads=false"]),
+        ("w4a8", ["weights.method=rtn", "rotation.method=none"]),
+    ],
+)
+def test_recipes(recipe: str, overrides: list[str], tmp_path: Path) -> None:
     source = write_source("qwen3_moe", tmp_path / "source")
-    out = quantize(source, tmp_path / "out", recipe, overrides=SMALL, calibration=tmp_path / "text.txt")
+    out = quantize(source, tmp_path / "out", recipe, overrides=SMALL + overrides, calibration=tmp_path / "text.txt")
     model, tokenizer = codequant.load(out, dtype=torch.float32)
     with torch.no_grad():
         assert torch.isfinite(model(tokenizer("ant", return_tensors="pt").input_ids).logits).all()
