@@ -19,38 +19,43 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in measured}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_quantize_load_generate(family: str, tmp_path: Path) -> None:
-    source = write_source(family, tmp_path / "source")
-    out = quantize(source, tmp_path / "out", "w4a16", overrides=SMALL, calibration=tmp_path / "text.txt")
-    check_tensors(out)
-    assert (out / "report.html").is_file()  # a run outlives a report that fails, this test does not
+def divergence(source: Path, out: Path) -> float:
+    """Mean KL from the source's next-token distributions to the quantized model's; a wrong basis gives 2 and more."""
     model, tokenizer = codequant.load(out, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokens = tokenizer("The fox of document", return_tensors="pt").input_ids
     with torch.no_grad():
         got, expected = model(tokens).logits.log_softmax(-1), reference(tokens).logits.log_softmax(-1)
-    divergence = float((expected.exp() * (expected - got)).sum(-1).mean())
-    assert divergence < 0.2, divergence  # 4 bits on matrices 20 to 56 wide; a wrong basis gives 2 and more
-    generated = model.generate(tokens, max_new_tokens=3, do_sample=False)
-    assert generated.shape == (1, tokens.shape[1] + 3)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantize_load_generate(family: str, tmp_path: Path) -> None:
+    source = write_source(family, tmp_path / "source")
+    out = quantize(source, tmp_path / "out", "w4a16", overrides=SMALL, calibration=tmp_path / "text.txt")
+    check_tensors(out)
+    assert divergence(source, out) < 0.2  # 4 bits on matrices 20 to 56 wide
+    model, tokenizer = codequant.load(out, dtype=torch.float32)
+    tokens = tokenizer("The fox of document", return_tensors="pt").input_ids
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, tokens.shape[1] + 3)
     assert not (tmp_path / "out.codequant-work").exists()
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides"),
+    ("recipe", "overrides", "limit"),
     [
-        *(("paper", []), ("w4a4-full", []), ("w3a8", []), ("w2a8", [])),
-        ("w3a8", ["weights.group_size=8", "rotation.heads=false"]),
-        ("w4a8", ["weights.method=rtn", "rotation.method=none"]),
+        ("paper", [], 0.15),
+        ("w4a4-full", [], 0.15),
+        ("w3a8", [], 0.1),
+        ("w2a8", [], 0.35),
+        ("w3a8", ["weights.group_size=8", "rotation.heads=false"], 0.01),
+        ("w4a8", ["weights.method=rtn", "rotation.method=none"], 0.11),
     ],
 )
-def test_recipes(recipe: str, overrides: list[str], tmp_path: Path) -> None:
+def test_recipes(recipe: str, overrides: list[str], limit: float, tmp_path: Path) -> None:
     source = write_source("qwen3_moe", tmp_path / "source")
     out = quantize(source, tmp_path / "out", recipe, overrides=SMALL + overrides, calibration=tmp_path / "text.txt")
-    model, tokenizer = codequant.load(out, dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.isfinite(model(tokenizer("ant", return_tensors="pt").input_ids).logits).all()
+    assert divergence(source, out) < limit  # about four times what was measured
 
 
 def test_same_input_gives_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
