@@ -26,17 +26,19 @@ from codequant.units.moments import as_read
 from codequant.weight_quantization import QuantizedWeight
 from codequant.working_layer import WorkingLayer
 
+STEP_TOKENS = 256  # of an expert, per step
+
 
 class DenseBatch(NamedTuple):
-    """One shard of windows at a layer without its experts."""
+    """Windows at a layer without its experts."""
 
     x: Tensor  # [n, T, H] the student's input
     wanted: Tensor  # [n, T, H] the teacher's output in the student's basis
-    router_logits: Tensor | None  # [N, E] the teacher's
+    router_logits: Tensor  # [n, T, E] the teacher's; E = 0 without a router
 
 
 class ExpertBatch(NamedTuple):
-    """The tokens of one shard of windows that are routed to one expert."""
+    """Tokens that are routed to one expert."""
 
     x: Tensor  # [N, H] the student's input, as gate and up read it
     wanted: Tensor  # [N, H] the source expert's output times the routing weights
@@ -61,7 +63,9 @@ def tune_dense(
 
     def batch(shard: int) -> DenseBatch:
         output, handed = teacher_layer.dense_part(context.hidden("teacher", layer, shard), {})
-        logits = None if router is None or handed is None else F.linear(handed, teacher_layer.weight(router))
+        logits = output[..., :0]
+        if router is not None and handed is not None:
+            logits = F.linear(handed, teacher_layer.weight(router)).view(*output.shape[:-1], -1)
         return DenseBatch(context.hidden("student", layer, shard), rotate_rows(output, context.rotation), logits)
 
     def loss(centroids: Parameters, batch: DenseBatch) -> Tensor:
@@ -69,13 +73,15 @@ def tune_dense(
         output, handed = student_layer.dense_part(batch.x, weights)
         size = batch.wanted.norm(dim=-1, keepdim=True)
         error = relative_mse(output / size, batch.wanted / size)
-        if router is None or handed is None or batch.router_logits is None:
+        if router is None or handed is None:
             return error
         weight = weights.get(f"{router}.weight", student_layer.weight(router))
-        divergence = router_kl(batch.router_logits, F.linear(as_read(handed, router_scheme), weight))
+        logits = F.linear(as_read(handed, router_scheme), weight)
+        divergence = router_kl(batch.router_logits.view(logits.shape), logits)
         return error + context.recipe.finetuning.router_weight * divergence
 
     train, held_out = split(context, [batch(shard) for shard in range(context.window_shards)])
+    train = [DenseBatch(*parts) for b in train for parts in zip(*(t.split(1) for t in b))]  # a step for every window
     start = {reader: centroids_of(weight) for reader, weight in quantized.items()}
     result = finetune(start, loss, train, held_out, options(context))
     if result.kept:
@@ -140,6 +146,7 @@ def tune_expert(
         return relative_mse(F.linear(as_read(hidden, inner), weights["down"]) * batch.share, batch.wanted)
 
     train, held_out = split(context, [batch(routed) for routed in context.routed_batches(layer)])
+    train = [ExpertBatch(*parts) for b in train for parts in zip(*(t.split(STEP_TOKENS) for t in b))]
     train, held_out = ([b for b in part if len(b.x)] for part in (train, held_out))
     if not train or not held_out:
         return FinetuneResult(centroids, 0.0, 0.0, 0, kept=False)
