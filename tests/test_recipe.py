@@ -76,3 +76,11 @@ def test_inner_inputs_have_their_own_bits_and_the_transform(tmp_path: Path) -> N
     assert (down.activation_bits, down.activation_clip, down.hadamard) == (8, 0.8, True)
     assert (gate.activation_bits, gate.activation_clip, gate.hadamard) == (4, 0.9, False)
     assert QuantizationConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_page_lists_every_field_with_its_default() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "RECIPES.md").read_text(encoding="utf-8")
+    for stage, info in Recipe.model_fields.items():
+        for name, field in getattr(info.annotation, "model_fields", {}).items():
+            row = f"| `{name}` | {field.default} | {field.description or ''} |"
+            assert row in page.partition(f"### {stage}\n")[2].partition("###")[0], f"{stage}: expected {row}"
