@@ -6,6 +6,7 @@ What a restart skips is decided by the manifest alone, never by Ray's own lineag
 """
 
 import os
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from codequant.source import SourceModel
 from codequant.store import Record, Store, versions
 from codequant.units import Context, run_unit
 
+CONNECT_SECONDS = 10
 MAX_RETRIES = 5  # of a unit whose worker or node dies; a unit that raises is not tried again
 
 
@@ -32,6 +34,7 @@ class RayExecutor:
         self.ray = ray
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
+            check_reachable(address)
             size: dict[str, Any] = {"num_cpus": workers} if address is None and "RAY_ADDRESS" not in os.environ else {}
             try:
                 ray.init(address, log_to_driver=False, include_dashboard=False, **size)
@@ -67,6 +70,17 @@ class RayExecutor:
             self.ray.cancel(task, force=True)
         if self.owns_cluster:
             self.ray.shutdown()
+
+
+def check_reachable(address: str | None) -> None:
+    """Raise InputError where nothing listens at HOST:PORT; Ray itself would try again for many minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # none, "auto" or "local": Ray finds out at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"ray address: {address!r} cannot be reached ({error.strerror or error})") from error
 
 
 def run_on_worker(
