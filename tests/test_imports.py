@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {*FORMAT, *COMPUTE},
     "structure": set(),
     "checkpoint_names": {"errors"},
-    "verification": {*FORMAT, "checkpoint_names"},
+    "verification": {*FORMAT, "checkpoint_names", "store"},
     "runtime": {*FORMAT, *COMPUTE, "checkpoint_names", "verification"},
     **{algorithm: {*FORMAT, *COMPUTE} for algorithm in ALGORITHMS},
     **{stage: {*FORMAT, *MODEL, *COMPUTE, *ALGORITHMS} for stage in STAGES},

@@ -4,7 +4,6 @@ transformers only warns about a missing or extra tensor and fills the hole with 
 codequant folder passes through here first.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from codequant import packing
 from codequant.checkpoint_names import matrices, parameter_sources, skeleton
 from codequant.errors import InputError, VerificationError
 from codequant.quantization_config import QuantizationConfig
+from codequant.store import file_sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -219,12 +219,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
 def _check_provenance(folder: Path) -> None:
     for name, expected in _provenance(folder)["files"].items():
         file = _inside(folder, name)
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-        if digest.hexdigest() != expected:
-            raise VerificationError(f"{name}: SHA-256 {digest.hexdigest()[:12]}..., expected {expected[:12]}...")
+        if (digest := file_sha256(file)) != expected:
+            raise VerificationError(f"{name}: SHA-256 {digest[:12]}..., expected {expected[:12]}...")
 
 
 def _check_left_alone(folder: Path, config: QuantizationConfig) -> None:
@@ -254,5 +250,5 @@ def _check_source(folder: Path, source: Path) -> None:
     for name, expected in _provenance(folder)["source"]["files"].items():
         if not (source / name).is_file():
             raise VerificationError(f"source: {name} is missing in {source}")
-        if hashlib.sha256((source / name).read_bytes()).hexdigest() != expected:
+        if file_sha256(source / name) != expected:
             raise VerificationError(f"source: {name} differs from the file that was quantized")
