@@ -135,7 +135,8 @@ def work_folder(out: Path) -> Path:
 
 def check_output(out: Path) -> Path:
     if out.exists():
-        raise InputError(f"out: {out} exists already, expected a new folder")
+        left = f"; {work} is left of an earlier run" if (work := work_folder(out)).exists() else ""
+        raise InputError(f"out: {out} exists already, expected a new folder{left}")
     if not out.absolute().parent.is_dir():
         raise InputError(f"out: {out.absolute().parent} is no folder, expected an existing parent folder")
     return out
