@@ -16,8 +16,8 @@ output. Rows are independent. Three ways to lower that cost, all of them passes 
 
 Letters: B matrices in a stack, O rows (output channels), I columns (input channels), G column groups of S = I / G
 adjacent columns, each with its own codebook of K entries per row. Matrices that share a Hessian are one matrix of
-B * O rows. The torch functions, blocked so that most of the work is matrix products, define the result and serve
-devices other than the CPU, for which the native library is faster.
+B * O rows. The torch functions, blocked so that most of the work is matrix products, define the result; the native
+library (CPU) and Triton kernels (GPU) are faster.
 """
 
 import ctypes
@@ -82,12 +82,14 @@ def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
     Factorised in float64, one matrix at a time.
     """
     factor = torch.empty_like(hessian, dtype=torch.float32)
+    info = torch.zeros(len(hessian), dtype=torch.int32, device=hessian.device)
     for b, (matrix, permutation) in enumerate(zip(hessian, order)):
         last_first = permutation.flip(0)  # R is the lower factor of the reversed matrix, reversed back
-        lower, info = torch.linalg.cholesky_ex(matrix.double()[last_first][:, last_first])
-        if int(info):
-            raise ValueError(f"hessian {b}: not positive definite, expected one that `damped` was applied to")
+        lower, info[b] = torch.linalg.cholesky_ex(matrix.double()[last_first][:, last_first])
         factor[b] = lower.flip((0, 1))
+    if bool(info.any()):  # one question for all: a GPU would stop for each
+        b = int(info.nonzero()[0])
+        raise ValueError(f"hessian {b}: not positive definite, expected one that `damped` was applied to")
     return factor
 
 
@@ -218,9 +220,14 @@ def _sweep(
     threads: int | None,
 ) -> Tensor:
     """`sweep_reference` by the fastest implementation for the device."""
-    if target.is_cuda or library() is None or target.numel() == 0:
+    if target.numel() == 0 or sweeps == 0 or (not target.is_cuda and library() is None):
         return sweep_reference(target, matrix, codebook, groups, indices, sweeps)
     target, matrix, codebook = (t.float().contiguous() for t in (target, matrix, codebook))
+    if target.is_cuda:
+        from codequant.kernels.triton import error_feedback as triton_error_feedback
+
+        error = None if indices is None else lookup(codebook, indices) - target
+        return triton_error_feedback.sweep(target, matrix, codebook, groups, error, sweeps)
     groups = groups.to(torch.int32).contiguous()
     result = torch.zeros_like(target, dtype=torch.uint8) if indices is None else indices.clone().contiguous()
     B, O, I = target.shape
