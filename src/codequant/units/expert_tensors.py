@@ -44,9 +44,11 @@ def read_expert(context: Context, layer: int, key: str, parameter: str, expert: 
     for entry, _ in places(context, parameter, slice(expert, expert + 1)):
         index = () if entry.index else (slice(expert, expert + 1),)
         if in_features is None:
-            part = context.store.read_part(key, entry.name, index).float()
+            part = context.store.read_part(key, entry.name, index).to(context.device, torch.float32)
         else:
-            packed, codebook, step = (context.store.read_part(key, f"{entry.name}_{s}", index) for s in SUFFIXES)
+            packed, codebook, step = (
+                context.store.read_part(key, f"{entry.name}_{s}", index).to(context.device) for s in SUFFIXES
+            )
             part = unpack(PackedWeight(packed, codebook, step, in_features))
         rows.append(part if index else part[None])
     tensor = torch.cat(rows, dim=1)
@@ -54,7 +56,7 @@ def read_expert(context: Context, layer: int, key: str, parameter: str, expert: 
         tensor = tensor.transpose(1, 2)
     if _interleaves(context, layer, parameter):
         tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
-    return tensor.to(context.device)
+    return tensor
 
 
 def join(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
