@@ -21,6 +21,7 @@ library (CPU) and Triton kernels (GPU) are faster.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from torch import Tensor
 from codequant.native import library
 
 BLOCK = 128  # columns whose feedback reaches the rest in one matrix product
-MEMBER_ELEMENTS = 2**25  # float32 membership entries held at once by refit_reference: 128 MiB
+MEMBER_ELEMENTS = 2**25  # float32 membership entries held at once by normal_equations: 128 MiB
+NormalEquations = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def damping(hessian: Tensor, fraction: float) -> Tensor:
@@ -131,8 +133,13 @@ def refit_codebook(
     entry keeps its value. With G = 1 this is the closed-form solution; with more groups a Gauss-Seidel round over them,
     which lowers the cost too. Shapes as in `assign_with_feedback`; the order of entries may change.
     """
-    if target.is_cuda or library() is None or target.numel() == 0:
+    if target.numel() == 0 or (not target.is_cuda and library() is None):
         return refit_reference(target, hessian, codebook, indices, ridge)
+    if target.is_cuda:
+        from codequant.kernels.triton import error_feedback as triton_error_feedback
+
+        equations = triton_error_feedback.normal_equations
+        return refit_reference(target, hessian, codebook, indices, ridge, equations)
     target, hessian, indices = target.float().contiguous(), hessian.float().contiguous(), indices.contiguous()
     result = codebook.float().contiguous().clone()
     B, O, I = target.shape
@@ -184,30 +191,45 @@ def sweep_reference(
     return indices
 
 
-def refit_reference(target: Tensor, hessian: Tensor, codebook: Tensor, indices: Tensor, ridge: float) -> Tensor:
-    """The readable twin of `refit_codebook`, on any device."""
-    B, O, I = target.shape
+def refit_reference(
+    target: Tensor,
+    hessian: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    ridge: float,
+    equations: NormalEquations | None = None,
+) -> Tensor:
+    """The readable twin of `refit_codebook`, on any device; `equations` computes what `normal_equations` does."""
     G, K = codebook.shape[-2:]
-    S = I // G
     codebook = codebook.clone()
-    for b in range(B):
-        matrix = hessian[b]  # [I, I]
-        for rows in torch.arange(O, device=target.device).split(max(1, MEMBER_ELEMENTS // (S * K))):
-            wanted, index, entries = target[b, rows], indices[b, rows].long(), codebook[b, rows]
-            error = lookup(entries, index) - wanted  # [O, I]
-            for g in range(G):
-                columns = slice(g * S, (g + 1) * S)
-                member = torch.nn.functional.one_hot(index[:, columns], K).to(target.dtype)  # [O, S, K]
-                normal = (member.mT @ matrix[columns, columns] @ member).double()  # [O, K, K]
-                slope = ((error @ matrix[:, columns]).unsqueeze(-2) @ member).double().squeeze(-2)  # [O, K]
-                strength = ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)  # [O]
-                # A group without weight in the Hessian has no equation: any strength leaves its entries alone.
-                strength = torch.where(strength > 0, strength, 1.0)
-                normal.diagonal(dim1=-2, dim2=-1).add_(strength.unsqueeze(-1))
-                entries[:, g] -= torch.linalg.solve(normal, slope).to(entries.dtype)
-                error[:, columns] = entries[:, g].gather(-1, index[:, columns]) - wanted[:, columns]
-            codebook[b, rows] = entries
+    error = lookup(codebook, indices) - target  # [B, O, I]
+    for g, columns in enumerate(torch.arange(target.shape[-1]).chunk(G)):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        gradient = error @ hessian[:, :, part]  # [B, O, S]
+        normal, slope = (equations or normal_equations)(hessian[:, part, part], gradient, indices[..., part], K)
+        strength = ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)  # [B, O]
+        # A group without weight in the Hessian has no equation: any strength leaves its entries alone.
+        strength = torch.where(strength > 0, strength, 1.0)
+        normal.diagonal(dim1=-2, dim2=-1).add_(strength.unsqueeze(-1))
+        codebook[:, :, g] -= torch.linalg.solve(normal, slope).to(codebook.dtype)
+        error[..., part] = lookup(codebook[:, :, g, None], indices[..., part]) - target[..., part]
     return codebook
+
+
+def normal_equations(hessian: Tensor, gradient: Tensor, indices: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """(M H M^T [B, O, K, K], M gradient [B, O, K]), float64, with M [K, S] the membership of a row's columns.
+
+    hessian [B, S, S] of one column group, gradient float32 [B, O, S], indices uint8 [B, O, S] below `entries` = K.
+    """
+    B, O, S = gradient.shape
+    normal = torch.empty(B, O, entries, entries, dtype=torch.float64, device=gradient.device)
+    slope = torch.empty(B, O, entries, dtype=torch.float64, device=gradient.device)
+    for b in range(B):
+        for rows in torch.arange(O, device=gradient.device).split(max(1, MEMBER_ELEMENTS // (S * entries))):
+            member = torch.nn.functional.one_hot(indices[b, rows].long(), entries).to(gradient.dtype)  # [rows, S, K]
+            normal[b, rows] = (member.mT @ hessian[b] @ member).double()
+            slope[b, rows] = (gradient[b, rows].unsqueeze(-2) @ member).double().squeeze(-2)
+    return normal, slope
 
 
 def _sweep(

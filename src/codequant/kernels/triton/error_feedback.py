@@ -1,11 +1,15 @@
-"""Sweeps over the columns of weight matrices on the GPU: `codequant.error_feedback.sweep_reference`, row by row.
+"""The costly parts of `codequant.error_feedback` on the GPU: sweeps over columns and the codebooks' normal equations.
 
-A block of columns sees all others through one matrix product; inside the block each column tells the later ones. A
-program keeps the block's gradients of some rows in registers and walks the columns, so that a sweep is two launches per
-block and not ten per column. Everything is transposed, columns first: neighbouring threads hold neighbouring rows, and
-what a row looks up or sums over its columns stays in its thread.
+**Sweep.** A block of columns sees all others through one matrix product; inside the block each column tells the later
+ones. A program keeps the block's gradients of some rows in registers and walks the columns, so that a sweep is two
+launches per block and not ten per column. Everything is transposed, columns first: neighbouring threads hold
+neighbouring rows, and what a row looks up or sums over its columns stays in its thread.
 
-Letters as in `codequant.error_feedback`: B matrices, O rows, I columns, G column groups of K entries.
+**Normal equations.** Summing the Hessian's rows by index is a product with a matrix of zeros and ones, made on the fly,
+on tensor cores: the Hessian goes in as two float16 planes, 22 bits of each number. That is enough because the normal
+matrix only sets the length of a step; where the step is zero is decided by the slope, which is summed in float32.
+
+Letters as in `codequant.error_feedback`: B matrices, O rows, I columns, G column groups of S columns and K entries.
 """
 
 import torch
@@ -13,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # columns of a block: registers for each row's gradients
+BLOCK = 64  # columns at a time: what fits in registers
 ROWS = 32  # of a program: one per thread of a warp
+LINES = 256  # (row, entry) pairs of a program of the normal equations
 
 
 @triton.jit
@@ -102,3 +107,71 @@ def sweep(
                 K, BLOCK, ROWS, num_warps=1,
             )  # fmt: skip
     return indices.mT.contiguous()
+
+
+@triton.jit
+def _normal_equations(
+    planes,
+    gradient,
+    indices,
+    normal,
+    slope,
+    B,
+    O,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """normal [B, O, K, K] = M L M^T and slope [B, O, K] = M gradient of LINES / K rows of one matrix, float32.
+
+    planes float16 [2, B, S, S]: their sum is the lower triangle L; gradient float32 and indices uint8 [B, O, S].
+    """
+    b = tl.program_id(1).to(tl.int64)
+    line = tl.arange(0, LINES)
+    entry = line % K
+    o = tl.program_id(0) * (LINES // K) + line // K
+    inside = (o < O)[:, None]
+    row = (b * O + o)[:, None] * S
+    k = tl.arange(0, K)
+    sums = tl.zeros([LINES, K], tl.float32)
+    own = tl.zeros([LINES], tl.float32)
+    for c0 in tl.range(0, S, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        total = tl.zeros([LINES, BLOCK], tl.float32)  # the sum of L's rows by entry
+        for j0 in tl.range(c0, S, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            index = tl.load(indices + row + j[None, :], mask=inside & (j < S)[None, :], other=K)
+            member = (index == entry[:, None]).to(tl.float16)
+            high = planes + (b * S + j[:, None]) * S + c[None, :]
+            ok = (j < S)[:, None] & (c < S)[None, :]
+            total = tl.dot(member, tl.load(high, mask=ok, other=0.0), total)
+            total = tl.dot(member, tl.load(high + B * S * S, mask=ok, other=0.0), total)
+        ok = inside & (c < S)[None, :]
+        index = tl.load(indices + row + c[None, :], mask=ok, other=K)
+        for e in tl.static_range(K):
+            by_entry = tl.sum(tl.where(index == e, total, 0.0), 1)
+            sums += tl.where(k == e, 1.0, 0.0)[None, :] * by_entry[:, None]
+        own += tl.sum(tl.load(gradient + row + c[None, :], mask=ok & (index == entry[:, None]), other=0.0), 1)
+    line_at = (b * O + o) * K + entry
+    tl.store(normal + line_at[:, None] * K + k[None, :], sums, mask=inside)
+    tl.store(slope + line_at, own, mask=o < O)
+
+
+def normal_equations(hessian: Tensor, gradient: Tensor, indices: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """As `codequant.error_feedback.normal_equations`, for a symmetric Hessian: half of it is enough."""
+    B, O, S = gradient.shape
+    half = hessian.tril()
+    half.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    shift = 15 - half.abs().amax((-2, -1), keepdim=True).frexp().exponent.clamp(min=-100)  # to float16's upper end
+    half = half.ldexp(shift)
+    high = half.half()
+    planes = torch.stack((high, (half - high).half()))
+    normal = torch.empty(B, O, entries, entries, device=gradient.device)
+    slope = torch.empty(B, O, entries, device=gradient.device)
+    _normal_equations[(triton.cdiv(O, LINES // entries), B)](
+        planes, gradient.contiguous(), indices.contiguous(), normal, slope, B, O, S,
+        entries, LINES, min(BLOCK, max(16, triton.next_power_of_2(S))), num_warps=8, num_stages=3,
+    )  # fmt: skip
+    normal = normal.double().ldexp(-shift.unsqueeze(-1))
+    return normal + normal.mT, slope.double()
