@@ -56,6 +56,8 @@ class Generation:
     grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
     linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending batch
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
+    dense_linear: int  # tokens from which 16-bit activations meet a dequantized matrix
+    dense_experts: float  # average tokens per expert from which they meet dequantized experts
 
     def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
         """Configuration for expert-sorted blocks."""
@@ -94,8 +96,8 @@ _LINEARS: dict[int, tuple[LinearConfig, ...]] = {
     2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
 }
 _DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
-HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=2048)
-AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=0)
+HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=2048, dense_linear=512, dense_experts=512)
+AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=0, dense_linear=512, dense_experts=512)
 
 
 @cache
