@@ -36,6 +36,8 @@ SAMPLES = {"cpu": ((1, 16), (1, 272)), "cuda": ((16, 256), (16, 1280))}
 # Bytes per second between files and a GPU, through one thread of the host: source tensors (page cache, a copy, the bus)
 # and results (the bus, SHA-256, fsync). Measured on 2026-11-22 beside one H200, as in docs/LOG.md.
 GPU_READ, GPU_WRITE = 2.8e9, 4e8
+# Scratch memory of kernels/triton/clustering.py: bytes per value, and values at a time.
+GPU_CLUSTERING = (116, 2**24)
 UNIT_SECONDS = 0.005  # two synced files and the bookkeeping of a unit
 CALL_SECONDS = 5e-5  # one operation on small tensors, from Python
 
@@ -234,6 +236,11 @@ class _Sizes:
             found.append((sum(O for O, _ in shapes), shapes[0][1], quantized))
         return found
 
+    def scratch(self, values: float) -> float:
+        """Bytes beside a matrix of so many values while it is clustered."""
+        per_value, limit = GPU_CLUSTERING
+        return per_value * min(values, limit) if self.context.device.type != "cpu" else 0.0
+
     def weights(self, layer: int) -> int:
         """Of all linear maps of a layer but its experts."""
         return sum(O * I for O, I, _ in self.sites(layer))
@@ -332,7 +339,7 @@ def _dense(s: _Sizes, layer: int) -> Work:
         quantized=tuple((I, 1, O) for O, I in quantized),
         calls=100 * runs * s.shards,
         read=read,
-        memory=16 * weights + 10 * s.stream + 64 * widest**2 + 24 * rows * widest,
+        memory=16 * weights + 10 * s.stream + 64 * widest**2 + 24 * rows * widest + s.scratch(rows * widest),
         result=s.packed(layer)[0] + (8 * s.H**2 if E else 0),
     )
 
@@ -366,7 +373,10 @@ def _experts(s: _Sizes, layer: int, start: int, stop: int) -> Work:
         ),
         calls=60 * count * s.shards,
         read=4.0 * s.shards * s.stream + 2 * count * expert,
-        memory=count * (16 * expert + 32 * s.H**2) + 56 * s.H**2 + 24 * tokens / count * (s.H + M),
+        memory=count * (16 * expert + 32 * s.H**2)
+        + 56 * s.H**2
+        + 24 * tokens / count * (s.H + M)
+        + s.scratch(count * expert),
         result=count * s.packed(layer)[1],
     )
 
