@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (L
 from codequant.kernels import triton as backend
 from codequant.kernels.triton import dispatch, ops, routing
 from codequant.kernels.triton.activation import quantize
-from codequant.kernels.triton.dense import dequantize
+from codequant.kernels.triton.dense import dequantize, gate
 from codequant.kernels.triton.dispatch import decodes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -347,7 +347,8 @@ def test_dequantized_weights_are_the_rounded_ones(
 @pytest.fixture
 def soon_dense(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight tokens count as very many."""
-    generation = replace(dispatch.generation(device), dense_linear=8, dense_experts=8)
+    always = dispatch.DenseConfig(8, 0)
+    generation = replace(dispatch.generation(device), dense_linear=always, dense_experts=always)
     monkeypatch.setattr(ops, "generation", lambda _: generation)
 
 
@@ -394,6 +395,12 @@ def test_many_tokens_meet_dequantized_experts(
         expected.index_add_(0, token, out * weights[token, slot, None])
     assert y.dtype == torch.bfloat16 and not y[5].any()
     assert float((y.cpu().double() - expected).norm() / expected.norm()) < 2**-6
+
+
+@pytest.mark.gpu
+def test_more_rows_than_the_second_axis_of_a_grid_has() -> None:
+    x = torch.randn(65536 + 3, 4, device="cuda")
+    torch.testing.assert_close(gate(x, True, "relu"), x[:, :2].relu() * x[:, 2:])
 
 
 # ----------------------------------------------------------------------------------------------------------- routing

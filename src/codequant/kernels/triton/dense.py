@@ -1,7 +1,7 @@
 """Very many tokens with unquantized activations: weights into scratch memory, products by the vendor's library.
 
-Looking weights up inside a product costs its tensor cores more than a half of their speed; done once for all tokens of
-a call, it costs a pass over the weights. The scratch holds one matrix, or one of a layer's two stacks of experts, in
+Looking weights up inside a product costs up to half of its speed; done once for all tokens of a call, it costs a pass
+over the weights. The scratch holds one matrix, or one of a layer's two stacks of experts, in
 the activations' type, and is freed with the call.
 """
 
@@ -35,9 +35,9 @@ def _dequantize(
     """packed uint8 [R, G * P / 2], table [R, G, 4] and step [R, G] -> out [R, G * S]."""
     HALF: tl.constexpr = P // 2
     PER_GROUP: tl.constexpr = (HALF + BK - 1) // BK
-    g = tl.program_id(0) // PER_GROUP
-    row = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    k = (tl.program_id(0) % PER_GROUP) * BK + tl.arange(0, BK)
+    g = tl.program_id(1) // PER_GROUP
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    k = (tl.program_id(1) % PER_GROUP) * BK + tl.arange(0, BK)
     inside = (row < R)[:, None] & (k < HALF)[None, :]
     row = tl.minimum(row, R - 1)
     group = row * G + g
@@ -63,7 +63,7 @@ def dequantize(weight: TritonWeight, dtype: torch.dtype) -> Tensor:
     P = padded_group(S)
     out = torch.empty(E, O, weight.in_features, dtype=dtype, device=weight.words.device)
     BN, BK = 16, min(128, triton.next_power_of_2(P // 2))
-    _dequantize[(weight.groups * triton.cdiv(P // 2, BK), triton.cdiv(R, BN))](
+    _dequantize[(triton.cdiv(R, BN), weight.groups * triton.cdiv(P // 2, BK))](  # a grid's second axis ends at 65535
         weight.words.view(torch.uint8), weight.table, weight.step, out, R, S, weight.groups, P, BN, BK, num_warps=4
     )
     return out
@@ -71,8 +71,8 @@ def dequantize(weight: TritonWeight, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _gate(x, out, M, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if GATED else 1
     y = activate(tl.load(x + row * WIDTH * M + m, mask=m < M, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
@@ -87,7 +87,7 @@ def gate(x: Tensor, gated: bool, activation: str) -> Tensor:
     R, M = x.shape[0], x.shape[1] // (2 if gated else 1)
     out = x.new_empty(R, M)
     BLOCK = min(1024, triton.next_power_of_2(M))
-    _gate[(triton.cdiv(M, BLOCK), R)](x, out, M, gated, activation, BLOCK, num_warps=4)
+    _gate[(R, triton.cdiv(M, BLOCK))](x, out, M, gated, activation, BLOCK, num_warps=4)
     return out
 
 

@@ -35,7 +35,7 @@ def _planes(activation_bits: int) -> int:
 def _dense(x: Tensor, weight: TritonWeight, activation_bits: int, tokens_per_expert: float) -> bool:
     """Whether experts are dequantized: enough half-precision activations, and shapes that the library takes."""
     aligned = weight.in_features % ALIGNMENT == 0 and weight.out_features % ALIGNMENT == 0
-    enough = tokens_per_expert >= generation(x.device).dense_experts
+    enough = generation(x.device).dense_experts.serves(tokens_per_expert, weight.in_features)
     return activation_bits == 16 and x.itemsize == 2 and aligned and enough
 
 
@@ -48,7 +48,7 @@ def linear(
     tokens, pdl = len(x), len(x) <= chip.pdl_rows
     if tokens == 0:
         return x.new_empty(0, w.out_features)
-    if planes == 2 and x.itemsize == 2 and tokens >= chip.dense_linear:
+    if planes == 2 and x.itemsize == 2 and chip.dense_linear.serves(tokens, in_features):
         return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
     q = quantize(x, w.groups, activation_bits, clip, pdl)
     if decodes(tokens, tokens, 1):
