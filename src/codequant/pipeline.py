@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SCAN = "scan.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DEFAULT_CALIBRATION = DEMO_CALIBRATION
+GPU_WORKERS = 2  # one reads and hashes while the other computes; a third makes a layer of Qwen3-30B-A3B 12% faster
 
 
 def quantize(
@@ -57,7 +58,7 @@ def quantize(
     source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
     of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
     demo text that comes with the package. executor: units of work on threads of this process, or on a Ray cluster, by
-    default one that is started here. workers: units of work at a time, by default one per CPU core (one on a GPU).
+    default one that is started here. workers: units of work at a time, by default one per CPU core, or two on a GPU.
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
     stopped. Raises InputError for anything wrong with the input, before any work starts.
@@ -163,9 +164,9 @@ def check_executor(kind: str, ray_address: str | None) -> None:
 
 
 def default_workers(context: Context) -> int:
-    """One per CPU core as far as their units fit in memory; one on a GPU."""
+    """One per CPU core as far as their units fit in memory; on a GPU, so many that one reads while another computes."""
     if context.device.type != "cpu":
-        return 1
+        return GPU_WORKERS
     return workers_that_fit(context, len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
 
 

@@ -18,9 +18,9 @@ from codequant.structure import ChannelPair
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
-# Second moments and weights of one shard of experts. A GPU runs one shard at a time and wants it large: its sweeps over
-# columns take as long for one expert as for dozens.
-SHARD_BYTES = {"cpu": 384 << 20, "cuda": 6 << 30}
+# Second moments and weights of one shard of experts. A GPU wants it large, because its sweeps over columns take as long
+# for one expert as for several; 16 experts of Qwen3-30B-A3B fill it as well as 32, and leave room for a second worker.
+SHARD_BYTES = {"cpu": 384 << 20, "cuda": 3 << 30}
 MIN_SHARDS = 4  # per layer, so that small layers too keep several workers busy
 WINDOWS = "calibration"  # key of the token windows, int32 [N, T]
 

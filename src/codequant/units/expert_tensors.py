@@ -38,23 +38,26 @@ def plain_experts(context: Context, layer: int, parameter: str, chosen: slice, t
     return {e.name: stored(context, e.name, tensor[index]) for e, index in places(context, parameter, chosen)}
 
 
-def read_expert(context: Context, layer: int, key: str, parameter: str, expert: int, in_features: int | None) -> Tensor:
-    """One expert's matrix [1, O, I] (bias [1, O]) in float32 from a finished layer; in_features: where it is packed."""
+def read_expert(
+    context: Context, layer: int, saved: dict[str, Tensor], parameter: str, expert: int, in_features: int | None
+) -> Tensor:
+    """One expert's matrix [1, O, I] (bias [1, O]) in float32 from a finished layer's tensors; in_features: where it is
+    packed."""
     rows: list[Tensor] = []
     for entry, _ in places(context, parameter, slice(expert, expert + 1)):
-        index = () if entry.index else (slice(expert, expert + 1),)
+        index = None if entry.index else slice(expert, expert + 1)  # of a tensor that is the expert's own, or all's
         if in_features is None:
-            part = context.store.read_part(key, entry.name, index).float()
+            part = saved[entry.name][index].float()
         else:
-            packed, codebook, step = (context.store.read_part(key, f"{entry.name}_{s}", index) for s in SUFFIXES)
+            packed, codebook, step = (saved[f"{entry.name}_{suffix}"][index] for suffix in SUFFIXES)
             part = unpack(PackedWeight(packed, codebook, step, in_features))
-        rows.append(part if index else part[None])
+        rows.append(part)
     tensor = torch.cat(rows, dim=1)
     if in_features is None and tensor.ndim == 3 and _flags(context, layer).is_transposed:
         tensor = tensor.transpose(1, 2)
     if _interleaves(context, layer, parameter):
         tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
-    return tensor.to(context.device)
+    return tensor
 
 
 def join(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def pick(weight: PackedWeight, index: int) -> PackedWeight:
 def read_packed(context: Context, key: str, module: str, in_features: int) -> PackedWeight:
     names = [f"{module}.weight_{suffix}" for suffix in SUFFIXES]
     saved = context.store.read(key, *names)
-    packed, codebook, step = (saved[name] for name in names)
+    packed, codebook, step = (saved[name].to(context.device) for name in names)
     return PackedWeight(packed, codebook, step, in_features)
 
 
@@ -108,5 +108,5 @@ def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
             if (scheme := context.scheme(layer, reader)) is not None:
                 in_features = shapes[f"{reader}.weight"].shape[1]
                 packed = read_packed(context, key, context.module_name(layer, reader), in_features)
-                working.replace(reader, unpack(packed).to(context.device), partial(as_read, scheme=scheme))
+                working.replace(reader, unpack(packed), partial(as_read, scheme=scheme))
     return working
