@@ -23,6 +23,7 @@ from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
 from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.packing import BITS
 from codequant.plan import Plan, disk_bytes, plan, workers_that_fit
 from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
@@ -179,6 +180,16 @@ def check_supported(context: Context) -> None:
             f"{context.recipe.calibration.windows_per_unit} of {context.recipe.calibration.windows} windows, expected "
             "at most half of them, so that one unit can be held out"
         )
+    if (target := context.recipe.weights.target_bits) is not None:
+        in_experts, others = context.quantized_weights()
+        if not in_experts:
+            raise InputError(
+                f"weights.target_bits: {target}, but no expert is quantized, expected a model that has some"
+            )
+        spent = context.recipe.weights.bits * others
+        least, most = ((spent + b * in_experts) / (in_experts + others) for b in (BITS[0], BITS[-1]))
+        if not least <= target <= most:
+            raise InputError(f"weights.target_bits: {target}, expected {least:.2f} to {most:.2f} for this model")
     if context.rotates:
         for name, structure in zip(context.source.layer_names, context.source.structures):
             if structure.obstacles:

@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from codequant.executor import Unit
-from codequant.packing import groups_per_row
+from codequant.packing import BITS, groups_per_row
 from codequant.quantization_config import Scheme
 from codequant.units import Context, graph
 from codequant.units.dense import PROOF_TOKENS
@@ -261,7 +261,8 @@ class _Sizes:
         if not E:
             return rest, 0
         outer, inner = (self.context.experts_scheme(layer, inner=i) for i in (False, True))
-        return rest, stored((P - 1) * M, self.H, outer) + stored(self.H, M, inner)
+        one = stored((P - 1) * M, self.H, outer) + stored(self.H, M, inner)
+        return rest, one * (self.recipe.weights.target_bits or scheme.bits) / scheme.bits
 
 
 def stored(rows: int, columns: int, scheme: Scheme | None) -> float:
@@ -381,6 +382,20 @@ def _experts(s: _Sizes, layer: int, start: int, stop: int) -> Work:
     )
 
 
+def _sensitivity(s: _Sizes, layer: int) -> Work:
+    """The teacher once more, and a few rows of each expert's matrices clustered at every width."""
+    forward, (E, _, M, P) = _forward(s, layer, experts=True), s.experts(layer)
+    rotating = 2.0 * (s.N + E * P * M) * s.H**2 if s.context.rotates else 0.0
+    clustering = 24e3 * E * len(BITS) * (s.H + M)
+    return Work(
+        s.shards * forward.products + rotating,
+        s.shards * forward.passes + clustering,
+        calls=s.shards * forward.calls,
+        memory=forward.memory + 8 * s.H**2,
+        result=16 * len(BITS) * E,
+    )
+
+
 def _layer(s: _Sizes, layer: int) -> Work:
     rest, expert = s.packed(layer)
     size = rest + expert * s.experts(layer)[0]
@@ -398,6 +413,8 @@ WORK: dict[str, Callable[..., Work]] = {
     "embed": lambda s, shard: _embed(s),
     "teacher": lambda s, layer, shard: _teacher(s, layer),
     "rotation": _rotation,
+    "sensitivity": _sensitivity,
+    "allocation": lambda s: Work(result=2.0 * sum(e.num_experts for e in s.context.experts_by_layer.values())),
     "ends": _ends,
     "enter": lambda s, shard: _embed(s),
     "dense": _dense,

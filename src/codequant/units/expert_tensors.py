@@ -5,7 +5,7 @@ up rows in turn and matrices transposed). Of the latter, a shard of experts hold
 Packed tensors are never transposed: their rows are output channels whatever the checkpoint does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,19 +14,25 @@ from codequant.checkpoint_names import Source as TensorSource
 from codequant.packing import SUFFIXES, PackedWeight, unpack
 from codequant.structure import ExpertsStructure
 from codequant.units.context import Context
-from codequant.units.matrices import packed_tensors, stored
+from codequant.units.matrices import packed_one, packed_tensors, stored
+from codequant.weight_quantization import QuantizedWeight
 
 
 def packed_experts(
-    context: Context, layer: int, parameter: str, chosen: slice, weight: PackedWeight
+    context: Context, layer: int, parameter: str, chosen: slice, quantized: QuantizedWeight, bits: Sequence[int]
 ) -> dict[str, Tensor]:
-    """A run of experts' packed matrices [n, O, ...] by checkpoint name."""
+    """A run of experts' packed matrices, each at its own bits, by checkpoint name. Those of one tensor share theirs."""
+    weights = [packed_one(quantized, e, width) for e, width in enumerate(bits)]
     tensors: dict[str, Tensor] = {}
     for entry, index in places(context, parameter, chosen):
+        own = weights[index[0] : index[0] + 1] if index else weights
         packed, codebook, step = (
-            _to_checkpoint(context, layer, parameter, getattr(weight, s))[index] for s in SUFFIXES
+            _to_checkpoint(context, layer, parameter, torch.stack([getattr(w, s) for w in own]))[
+                (0, *index[1:]) if index else ()
+            ]
+            for s in SUFFIXES
         )
-        tensors |= packed_tensors(entry.name, PackedWeight(packed, codebook, step, weight.in_features))
+        tensors |= packed_tensors(entry.name, PackedWeight(packed, codebook, step, own[0].in_features))
     return tensors
 
 

@@ -13,7 +13,7 @@ from codequant.permutation import group_order, move_columns, move_rows
 from codequant.quantization_config import Scheme
 from codequant.units.context import Context, Result, dense_key, to_device
 from codequant.units.expert_tensors import packed_experts, places, plain_experts
-from codequant.units.matrices import finished_dense, packed, quantize, reorder_rows
+from codequant.units.matrices import finished_dense, quantize_each, reorder_rows
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
 from codequant.units.teacher import read_experts
 from codequant.units.tuning import tune_experts
@@ -47,6 +47,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
     outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
     first, second = (name for name, _ in context.source.expert_matrices(layer))
     found: dict[str, QuantizedWeight] = {}
+    bits = dict(zip(("gate_up", "down"), zip(*context.expert_bits(layer, chosen))))
 
     sums = input_sums(context, layer, start, count, outer)
     starved = {e for e in range(count) if sums[e].tokens < context.recipe.weights.min_expert_tokens}
@@ -56,7 +57,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
         moments = stack(
             [everything if e in starved else mixed(s.mean(), everything, share) for e, s in enumerate(sums)]
         )
-        found["gate_up"] = quantize(context, outer, own["gate_up"], moments)
+        found["gate_up"] = quantize_each(context, outer, own["gate_up"], moments, bits["gate_up"])
         del everything, moments
     tokens = [s.tokens for s in sums]
     del sums
@@ -68,7 +69,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
             order = group_order(own["down"], diagonal, inner.group_size, inner.bits, threads=1)  # [n, M]
             own["down"], moments = move_columns(own["down"], order), moments.moved(order)
             move_intermediate(own, found, torch.cat((order, order + structure.intermediate), dim=-1))
-        found["down"] = quantize(context, inner, own["down"], moments)
+        found["down"] = quantize_each(context, inner, own["down"], moments, bits["down"])
     info: dict[str, Any] = {"tokens": {start + e: n for e, n in enumerate(tokens)}, "errors": {}}
     info["starved"] = sorted(start + e for e in starved)
     if context.recipe.finetuning.epochs and found:
@@ -77,7 +78,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
     result: dict[str, Tensor] = {}
     for name, key in ((first, "gate_up"), (second, "down")):
         if key in found:
-            result |= packed_experts(context, layer, name, chosen, packed(found[key]))
+            result |= packed_experts(context, layer, name, chosen, found[key], bits[key])
             info["errors"] |= errors_of(context, name, chosen, found[key])
         else:
             result |= plain_experts(context, layer, name, chosen, own[key])
