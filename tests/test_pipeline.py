@@ -74,6 +74,7 @@ def test_bits_are_given_out_up_to_the_target(family: str, target: float, tmp_pat
     assert {kind.scheme.bits for kind in kinds if "experts" not in kind.name} == {4}
     check_tensors(out)
     assert divergence(source, out) < 0.4
+    assert "bits given out" in (out / "report.html").read_text()
 
 
 def test_a_target_out_of_reach_is_refused(tmp_path: Path) -> None:
