@@ -145,12 +145,9 @@ ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], cons
   });
 }
 
-template <int bits>
+template <int bits, int cache>
 ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
-  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) {
-    __builtin_prefetch(data + kFar + i, 0, 2);
-    __builtin_prefetch(data + kNear + i, 0, 3);
-  }
+  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) __builtin_prefetch(data + i, 0, 4 - cache);
 }
 
 template <class V>
@@ -183,7 +180,8 @@ void direct(const Segment* segments, const Token* tokens, int64_t first) {
     });
     for (int64_t column = 0; column < segments[0].chunks * chunk; column += chunk) {
       repeat<P>([&](auto p) ALWAYS_INLINE {
-        prefetch_chunk<bits>(data[p]);
+        prefetch_chunk<bits, 2>(data[p] + kFar);
+        prefetch_chunk<bits, 1>(data[p] + kNear);
         decode_chunk<V, bits>(table[p], data[p], [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
           accumulate<V, N>(sums[p], weights, level, column + s * kStep);
         });
@@ -205,7 +203,7 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
-      if constexpr (V::tiles) prefetch_chunk<bits>(data);  // tiles leave no time to fetch in
+      if constexpr (V::tiles) prefetch_chunk<bits, 1>(data + kNear);
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
         if constexpr (V::tiles) {
           V::store_step(decoded + s * kTable, weights);
@@ -238,7 +236,8 @@ void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, cons
 }
 
 // All tokens times one or two segments, decoded for tiles a block of columns at a time: the decoded blocks stay in the
-// first cache, and a tile of levels fetched from the second one meets two tiles of weights.
+// first cache, and a tile of levels fetched from the second one meets two tiles of weights. While the first tokens are
+// multiplied, the next block is fetched: it follows in memory.
 template <class V, int bits>
 void dense_tiles(const Segment* segments, int64_t width, const Token* tokens, int64_t count, uint8_t* scratch) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
@@ -258,9 +257,12 @@ void dense_tiles(const Segment* segments, int64_t width, const Token* tokens, in
       const int64_t used = chunks * chunk * kRows;
       std::memset(decoded + used, 0, static_cast<size_t>(columns * kRows - used));
     }
+    const int64_t next = (c + chunks) * chunk_bytes;
+    const uint8_t* const ahead[kWidth] = {segments[0].data + next, segments[width - 1].data + next};
     for (int64_t first = 0; first < count; first += pair) {
+      const int64_t pace = first == 0 ? tile_columns / chunk * chunk_bytes : 0;
       V::multiply(scratch, width == 2, columns, tokens[first].level + segments[0].column + c * chunk, stride,
-                  count - first > pair / 2, c == 0, dot[first / pair]);
+                  count - first > pair / 2, c == 0, ahead, pace, dot[first / pair]);
     }
   }
   for (int64_t p = 0; p < width; ++p) {
