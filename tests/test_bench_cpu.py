@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codequant import native
-from codequant.bench import cpu, results
+from codequant.bench import cpu, ggml, results
 from codequant.errors import InputError
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
@@ -22,13 +22,17 @@ def test_rows_reach_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     names = {row["implementation"] for row in rows}
     assert {"codequant-a8", "codequant-a16", "torch-bf16", "torch-int4pack", "read"} <= names
+    if ggml.library() is not None:
+        assert {f"llama.cpp-{kind}" for kind in ggml.TYPES} <= names
     assert {row["tokens"] for row in rows} == {1, 3}
     assert all(row["p10_us"] <= row["median_us"] <= row["p90_us"] and row["gb_per_s"] > 0 for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["implementation"] == cpu.BASELINE)
     with (tmp_path / "r" / "a.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * len(rows) and tuple(lines[0]) == results.COLUMNS
-    assert all(line["torch"] == torch.__version__ and line["isa"] in native.instruction_sets() for line in lines)
+    assert all(line["torch"] == torch.__version__ and line["isa"] for line in lines)
+    ours = [line for line in lines if line["implementation"].startswith("codequant")]
+    assert ours and all(line["isa"] in native.instruction_sets() for line in ours)
     assert "codequant-a8" in capsys.readouterr().out
 
 

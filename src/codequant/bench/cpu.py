@@ -10,6 +10,7 @@ time with more. `gb_per_s` counts the weights of the experts that were called, i
     torch-bf16-grouped_mm       F.grouped_mm over sorted tokens
     torch-bf16-prepacked        oneDNN with weights reordered at load (a second copy of them)
     torch-int4pack              the int4 kernel of torchao and gpt-fast: groups of 128, bf16 activations
+    llama.cpp-FORMAT            llama.cpp's graph of the layer, where a package with ggml is installed (bench/ggml.py)
     read                        a STREAM-like read of as many bytes as codequant-a8's, the roofline of decoding
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from codequant import native
-from codequant.bench import results
+from codequant.bench import ggml, results
 from codequant.errors import InputError
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
@@ -74,6 +75,8 @@ class Implementation:
 
 # Relative L2 error of bfloat16: 2**-9 for each rounding of weights, activations, intermediate and output.
 BF16 = 4 * 2.0**-9
+# Of activations in llama.cpp's 8 bits per 32 channels: half a step of max / 127 each, for input and intermediate.
+Q8_0 = 2 * 2.0**-7
 # Float32 kernels whose intermediate is quantized alike but for a rare level that rounds the other way.
 FLIPPED = 1e-3
 
@@ -135,6 +138,18 @@ def _int4pack(weight: Tensor, group: int = 128) -> tuple[list[tuple[Tensor, Tens
     return packed, dequantized
 
 
+def _llama_cpp(kind: str, gate_up: Tensor, down: Tensor, experts: int) -> Implementation:
+    layer = ggml.Experts(kind, gate_up, down, experts, torch.get_num_threads())
+    exact = _loop(lambda x, e: F.linear(x, layer.gate_up), lambda x, e: F.linear(x, layer.down))
+    return Implementation(
+        f"llama.cpp-{kind}",
+        layer,
+        layer.bytes_per_expert,
+        lambda x, index, weights: exact(x.float(), index, weights),
+        BF16 if kind == "bf16" else Q8_0,
+    )
+
+
 def implementations(shape: Shape, tokens: int) -> list[Implementation]:
     E, H, M = shape.experts, shape.hidden, shape.intermediate
     gate_up, down = _random_weight(E, 2 * M, H), _random_weight(E, H, M)
@@ -186,6 +201,8 @@ def implementations(shape: Shape, tokens: int) -> list[Implementation]:
         )
         size = (first[0].numel() + second[0].numel()) * (0.5 + 4 / 128)
         rows.append(Implementation("torch-int4pack", int4, size, int4_exact, BF16))
+    if ggml.library() is not None and H % 32 == 0 and M % 32 == 0:
+        rows += [_llama_cpp(kind, first[0], second[0], E) for kind in ggml.TYPES]
     return rows
 
 
@@ -265,6 +282,7 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
             "ratio_to": BASELINE,
             "ratio": round(summary[BASELINE]["median_us"] / summary[key]["median_us"], 2),
             "calls": rounds,
+            **({"isa": ggml.instruction_set()} if key.startswith("llama.cpp") else {}),
         }
         for key in summary
     ]
