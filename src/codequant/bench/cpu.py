@@ -294,23 +294,27 @@ def run_model(
     """Tokens per second of a quantized folder and of its source in bf16, prompt and decoding, in one process."""
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
     models: dict[str, Any] = {
         "codequant": AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
         BASELINE: AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
     }
     vocabulary = models[BASELINE].config.vocab_size
     times: dict[tuple[str, str], list[float]] = {(n, phase): [] for n in models for phase in ("prompt", "decode")}
-    for _ in range(5):
-        prompt = torch.randint(vocabulary, (1, prompt_tokens))
-        for name, one in models.items():
-            start = time.perf_counter()
-            one.generate(prompt, max_new_tokens=1, do_sample=False)
-            first = time.perf_counter() - start
-            start = time.perf_counter()
-            one.generate(prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
-            times[name, "prompt"].append(first / prompt_tokens)
-            times[name, "decode"].append((time.perf_counter() - start - first) / new_tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            prompt = torch.randint(vocabulary, (1, prompt_tokens))
+            for name, one in models.items():
+                start = time.perf_counter()
+                one.generate(prompt, max_new_tokens=1, do_sample=False)
+                first = time.perf_counter() - start
+                start = time.perf_counter()
+                one.generate(prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
+                times[name, "prompt"].append(first / prompt_tokens)
+                times[name, "decode"].append((time.perf_counter() - start - first) / new_tokens)
+    finally:
+        torch.set_num_threads(before)
     summary = {key: results.percentiles(value) for key, value in times.items()}
     return [
         {
@@ -329,13 +333,17 @@ def run_model(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For the screen."""
+    width = max(len(r["shape"]) for r in rows)
+    rate = "tokens_per_s" if "tokens_per_s" in rows[0] else "gb_per_s"
+    title = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s"}[rate]
     lines = [
-        f"{'implementation':22} {'shape':18} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} GB/s  ratio"
+        f"{'implementation':22} {'shape':{width}} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} "
+        f"{title:>8} {'ratio':>6}"
     ]
     for r in rows:
         lines.append(
-            f"{r['implementation']:22} {r['shape']:18} {r['tokens']:5} {r['threads']:3} {r['median_us']:11.1f} "
-            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r.get('gb_per_s', ''):5} {r['ratio']:5.2f}x"
+            f"{r['implementation']:22} {r['shape']:{width}} {r['tokens']:5} {r['threads']:3} {r['median_us']:11.1f} "
+            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r[rate]:8} {r['ratio']:5.2f}x"
         )
     return "\n".join(lines)
 
