@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import quantize_rtn_checkpoint, random_model, write_source
 
 from codequant import native
-from codequant.bench import cpu, results
+from codequant.bench import cpu, ggml, results
 from codequant.errors import InputError
+from codequant.quantization_config import QuantizationConfig
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 
@@ -22,14 +24,35 @@ def test_rows_reach_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     names = {row["implementation"] for row in rows}
     assert {"codequant-a8", "codequant-a16", "torch-bf16", "torch-int4pack", "read"} <= names
+    if ggml.library() is not None:
+        assert {f"llama.cpp-{kind}" for kind in ggml.TYPES} <= names
     assert {row["tokens"] for row in rows} == {1, 3}
     assert all(row["p10_us"] <= row["median_us"] <= row["p90_us"] and row["gb_per_s"] > 0 for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["implementation"] == cpu.BASELINE)
     with (tmp_path / "r" / "a.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * len(rows) and tuple(lines[0]) == results.COLUMNS
-    assert all(line["torch"] == torch.__version__ and line["isa"] in native.instruction_sets() for line in lines)
+    assert all(line["torch"] == torch.__version__ and line["isa"] for line in lines)
+    ours = [line for line in lines if line["implementation"].startswith("codequant")]
+    assert ours and all(line["isa"] in native.instruction_sets() for line in ours)
     assert "codequant-a8" in capsys.readouterr().out
+
+
+def test_a_quantized_model_against_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_model("mixtral")
+    quantize_rtn_checkpoint(model, tmp_path / "quantized", QuantizationConfig())
+    source = write_source(model, tmp_path / "source")
+    threads = torch.get_num_threads()
+    files = ["--json", str(tmp_path / "a.json"), "--results", str(tmp_path / "a.csv")]
+    cpu.main(["--model", str(tmp_path / "quantized"), str(source), "--threads", "1", *files])
+    assert torch.get_num_threads() == threads
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {(row["implementation"], row["shape"].split()[1]) for row in rows} == {
+        (name, phase) for name in ("codequant", cpu.BASELINE) for phase in ("prompt,", "decode,")
+    }
+    assert all(abs(row["tokens_per_s"] * row["median_us"] / 1e6 - 1) < 0.01 for row in rows)
+    text = capsys.readouterr().out
+    assert "tokens/s" in text and all(str(row["tokens_per_s"]) in text for row in rows)
 
 
 def test_a_wrong_output_is_never_timed() -> None:

@@ -10,6 +10,7 @@ time with more. `gb_per_s` counts the weights of the experts that were called, i
     torch-bf16-grouped_mm       F.grouped_mm over sorted tokens
     torch-bf16-prepacked        oneDNN with weights reordered at load (a second copy of them)
     torch-int4pack              the int4 kernel of torchao and gpt-fast: groups of 128, bf16 activations
+    llama.cpp-FORMAT            llama.cpp's graph of the layer, where a package with ggml is installed (bench/ggml.py)
     read                        a STREAM-like read of as many bytes as codequant-a8's, the roofline of decoding
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from codequant import native
-from codequant.bench import results
+from codequant.bench import ggml, results
 from codequant.errors import InputError
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
@@ -74,6 +75,8 @@ class Implementation:
 
 # Relative L2 error of bfloat16: 2**-9 for each rounding of weights, activations, intermediate and output.
 BF16 = 4 * 2.0**-9
+# Of activations in llama.cpp's 8 bits per 32 channels: half a step of max / 127 each, for input and intermediate.
+Q8_0 = 2 * 2.0**-7
 # Float32 kernels whose intermediate is quantized alike but for a rare level that rounds the other way.
 FLIPPED = 1e-3
 
@@ -135,6 +138,18 @@ def _int4pack(weight: Tensor, group: int = 128) -> tuple[list[tuple[Tensor, Tens
     return packed, dequantized
 
 
+def _llama_cpp(kind: str, gate_up: Tensor, down: Tensor, experts: int) -> Implementation:
+    layer = ggml.Experts(kind, gate_up, down, experts, torch.get_num_threads())
+    exact = _loop(lambda x, e: F.linear(x, layer.gate_up), lambda x, e: F.linear(x, layer.down))
+    return Implementation(
+        f"llama.cpp-{kind}",
+        layer,
+        layer.bytes_per_expert,
+        lambda x, index, weights: exact(x.float(), index, weights),
+        BF16 if kind == "bf16" else Q8_0,
+    )
+
+
 def implementations(shape: Shape, tokens: int) -> list[Implementation]:
     E, H, M = shape.experts, shape.hidden, shape.intermediate
     gate_up, down = _random_weight(E, 2 * M, H), _random_weight(E, H, M)
@@ -186,6 +201,8 @@ def implementations(shape: Shape, tokens: int) -> list[Implementation]:
         )
         size = (first[0].numel() + second[0].numel()) * (0.5 + 4 / 128)
         rows.append(Implementation("torch-int4pack", int4, size, int4_exact, BF16))
+    if ggml.library() is not None and H % 32 == 0 and M % 32 == 0:
+        rows += [_llama_cpp(kind, first[0], second[0], E) for kind in ggml.TYPES]
     return rows
 
 
@@ -265,6 +282,7 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
             "ratio_to": BASELINE,
             "ratio": round(summary[BASELINE]["median_us"] / summary[key]["median_us"], 2),
             "calls": rounds,
+            **({"isa": ggml.instruction_set()} if key.startswith("llama.cpp") else {}),
         }
         for key in summary
     ]
@@ -276,23 +294,27 @@ def run_model(
     """Tokens per second of a quantized folder and of its source in bf16, prompt and decoding, in one process."""
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
     models: dict[str, Any] = {
         "codequant": AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
         BASELINE: AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
     }
     vocabulary = models[BASELINE].config.vocab_size
     times: dict[tuple[str, str], list[float]] = {(n, phase): [] for n in models for phase in ("prompt", "decode")}
-    for _ in range(5):
-        prompt = torch.randint(vocabulary, (1, prompt_tokens))
-        for name, one in models.items():
-            start = time.perf_counter()
-            one.generate(prompt, max_new_tokens=1, do_sample=False)
-            first = time.perf_counter() - start
-            start = time.perf_counter()
-            one.generate(prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
-            times[name, "prompt"].append(first / prompt_tokens)
-            times[name, "decode"].append((time.perf_counter() - start - first) / new_tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            prompt = torch.randint(vocabulary, (1, prompt_tokens))
+            for name, one in models.items():
+                start = time.perf_counter()
+                one.generate(prompt, max_new_tokens=1, do_sample=False)
+                first = time.perf_counter() - start
+                start = time.perf_counter()
+                one.generate(prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
+                times[name, "prompt"].append(first / prompt_tokens)
+                times[name, "decode"].append((time.perf_counter() - start - first) / new_tokens)
+    finally:
+        torch.set_num_threads(before)
     summary = {key: results.percentiles(value) for key, value in times.items()}
     return [
         {
@@ -311,13 +333,17 @@ def run_model(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For the screen."""
+    width = max(len(r["shape"]) for r in rows)
+    rate = "tokens_per_s" if "tokens_per_s" in rows[0] else "gb_per_s"
+    title = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s"}[rate]
     lines = [
-        f"{'implementation':22} {'shape':18} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} GB/s  ratio"
+        f"{'implementation':22} {'shape':{width}} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} "
+        f"{title:>8} {'ratio':>6}"
     ]
     for r in rows:
         lines.append(
-            f"{r['implementation']:22} {r['shape']:18} {r['tokens']:5} {r['threads']:3} {r['median_us']:11.1f} "
-            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r.get('gb_per_s', ''):5} {r['ratio']:5.2f}x"
+            f"{r['implementation']:22} {r['shape']:{width}} {r['tokens']:5} {r['threads']:3} {r['median_us']:11.1f} "
+            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r[rate]:8} {r['ratio']:5.2f}x"
         )
     return "\n".join(lines)
 

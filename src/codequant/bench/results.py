@@ -41,7 +41,8 @@ def _commit() -> str:
 
 
 def append(benchmark: str, rows: list[dict[str, Any]], device: str, isa: str = "", path: Path = RESULTS) -> None:
-    """Add rows (keys among COLUMNS; others are left out) with their provenance, to a new file if there is none."""
+    """Add rows (keys among COLUMNS; others are left out) with their provenance, where they do not bring their own, to a
+    new file if there is none."""
     provenance = {
         "date": date.today().isoformat(),
         "benchmark": benchmark,
@@ -56,4 +57,4 @@ def append(benchmark: str, rows: list[dict[str, Any]], device: str, isa: str = "
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows({**row, **provenance} for row in rows)
+        writer.writerows({**provenance, **row} for row in rows)

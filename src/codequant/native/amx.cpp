@@ -39,7 +39,7 @@ class Tiles {
 };
 
 struct Amx : Avx512Vnni {
-  static constexpr int decode_once_above = 16;  // below, VNNI on the way is as fast
+  static constexpr int decode_once_above = 6;  // VNNI on the way is faster below
   static constexpr bool tiles = true;
   using Session = Tiles;
 
@@ -53,44 +53,49 @@ struct Amx : Avx512Vnni {
     store(p + 192, _mm512_unpackhi_epi64(ab_high, cd_high));
   }
 
-  // dot[token][row] for 16 or 32 tokens, whose levels are `stride` bytes apart. Even and odd tiles of columns have sums
-  // of their own, since one product takes 52 cycles to come out and 16 to start.
+  // Adds to dot[panel][token][row], or where `start` sets it, for one panel or two and 16 tokens or 32. `weights` are
+  // the decoded columns of one panel after those of the other. One product takes 52 cycles to come out and 16 to start,
+  // so that four sums in turn keep the multiplier busy. Fetches `pace` bytes of each `ahead` per tile of columns.
   static constexpr int64_t tile_tokens = 32;
-  static void multiply(const uint8_t* weights, int64_t columns, const uint8_t* level, int64_t stride, bool both,
-                       int32_t (*dot)[kRows]) {
-    const uint8_t* second = level + 16 * stride;
+  static void multiply(const uint8_t* weights, bool two_panels, int64_t columns, const uint8_t* level, int64_t stride,
+                       bool two_tiles, bool start, const uint8_t* const (&ahead)[kWidth], int64_t pace,
+                       int32_t (&dot)[2][tile_tokens][kRows]) {
+    const uint8_t* second_weights = weights + columns * kRows;
+    const uint8_t* second_level = level + 16 * stride;
     const size_t step = static_cast<size_t>(stride);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t column = 0; column < columns; column += 128, weights += 2048) {
-      _tile_loadd(6, weights, 64);
+    if (!start) {
+      _tile_loadd(0, dot[0][0], 64);
+      if (two_tiles) _tile_loadd(1, dot[0][16], 64);
+      if (two_panels) _tile_loadd(2, dot[1][0], 64);
+      if (two_tiles && two_panels) _tile_loadd(3, dot[1][16], 64);
+    }
+    int64_t fetched = 0;
+    for (int64_t column = 0; column < columns; column += 64) {
+      for (int64_t end = fetched + pace; fetched < end; fetched += kLine) {
+        __builtin_prefetch(ahead[0] + fetched, 0, 2);
+        __builtin_prefetch(ahead[1] + fetched, 0, 2);
+      }
+      _tile_loadd(6, weights + column * kRows, 64);
       _tile_loadd(4, level + column, step);
       _tile_dpbusd(0, 4, 6);
-      if (both) {
-        _tile_loadd(5, second + column, step);
+      if (two_tiles) {
+        _tile_loadd(5, second_level + column, step);
         _tile_dpbusd(1, 5, 6);
       }
-      if (column + 64 >= columns) break;
-      _tile_loadd(7, weights + 1024, 64);
-      _tile_loadd(4, level + column + 64, step);
-      _tile_dpbusd(2, 4, 7);
-      if (both) {
-        _tile_loadd(5, second + column + 64, step);
-        _tile_dpbusd(3, 5, 7);
+      if (two_panels) {
+        _tile_loadd(7, second_weights + column * kRows, 64);
+        _tile_dpbusd(2, 4, 7);
+        if (two_tiles) _tile_dpbusd(3, 5, 7);
       }
     }
-    alignas(64) int32_t odd[tile_tokens][kRows];
-    _tile_stored(0, dot[0], 64);
-    _tile_stored(2, odd[0], 64);
-    if (both) {
-      _tile_stored(1, dot[16], 64);
-      _tile_stored(3, odd[16], 64);
-    }
-    for (int64_t t = 0; t < (both ? 32 : 16); ++t) {
-      for (int64_t r = 0; r < kRows; ++r) dot[t][r] += odd[t][r];
-    }
+    _tile_stored(0, dot[0][0], 64);
+    if (two_tiles) _tile_stored(1, dot[0][16], 64);
+    if (two_panels) _tile_stored(2, dot[1][0], 64);
+    if (two_tiles && two_panels) _tile_stored(3, dot[1][16], 64);
   }
 };
 

@@ -10,7 +10,7 @@ namespace {
 
 struct Avx2Base {
   static constexpr int lanes = 2;
-  static constexpr int direct_tokens = 2, dense_tokens = 2, decode_once_above = 4;  // 16 registers
+  static constexpr int direct_tokens = 2, paired_tokens = 0, dense_tokens = 2, decode_once_above = 4;  // 16 registers
   static constexpr bool tiles = false;
   using Bytes = __m256i;
   using Sums = __m256i;

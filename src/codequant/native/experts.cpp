@@ -16,7 +16,6 @@
 namespace codequant {
 namespace {
 
-constexpr int64_t kBatch = 256;       // token planes that pass over a panel together: their levels stay in the cache
 constexpr int64_t kSlice = 2048;      // tokens whose intermediate is held at once
 constexpr int64_t kHugePage = 2 << 20;
 
@@ -83,7 +82,8 @@ const Token* quantize_rows(const Matrices& m, const float* x, int64_t rows, int6
 // Some rows of the same quantized input, to be multiplied with panel after panel.
 struct Batch {
   alignas(64) uint8_t scratch[kScratch];
-  Token tokens[kBatch];
+  alignas(64) float out[kWidth][kMaxTokens][kRows];
+  Token tokens[kMaxTokens];
   int64_t planes, count = 0;
 
   explicit Batch(int64_t bits) : planes(codequant::planes(bits)) {}
@@ -91,7 +91,7 @@ struct Batch {
   // As many rows as fit of row(0), ..., row(left - 1).
   template <class F>
   void fill(const Matrices& m, const Token* all, int64_t left, F row) {
-    count = std::min(left, kBatch / planes);
+    count = std::min(left, kMaxTokens / planes);
     bool in_a_row = true;
     for (int64_t i = 0; i < count; ++i) {
       std::copy_n(all + row(i) * planes, planes, tokens + i * planes);
@@ -103,19 +103,36 @@ struct Batch {
   void gather(const Matrices& m) {
     thread_local Buffer buffer;
     const int64_t bytes = m.level_bytes();
-    uint8_t* level = buffer.get<uint8_t>(kBatch * bytes + tile_slack(m));
+    uint8_t* level = buffer.get<uint8_t>(kMaxTokens * bytes + tile_slack(m));
     for (int64_t i = 0; i < count * planes; ++i, level += bytes) {
       std::memcpy(level, tokens[i].level, static_cast<size_t>(bytes));
       tokens[i].level = level;
     }
   }
 
-  void multiply(const Matrices& m, const uint8_t* panel, float (*out)[kRows]) {
-    isa().product(m, panel, tokens, count * planes, out, scratch);
-    for (int64_t i = 0; planes > 1 && i < count; ++i) {
-      for (int64_t r = 0; r < kRows; ++r) {
-        out[i][r] = out[i * planes][r] + out[i * planes + 1][r] + out[i * planes + 2][r];
+  // out[i] [count, kRows] = tokens times panel i, for the panel `first` and, where not null, `second`.
+  void multiply(const Matrices& m, const uint8_t* first, const uint8_t* second) {
+    const Panel panels[kWidth] = {{first, out[0]}, {second, out[1]}};
+    const int64_t width = second == nullptr ? 1 : 2;
+    isa().product(m, panels, width, tokens, count * planes, scratch);
+    for (int64_t p = 0; planes > 1 && p < width; ++p) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          out[p][i][r] = out[p][i * planes][r] + out[p][i * planes + 1][r] + out[p][i * planes + 2][r];
+        }
       }
+    }
+  }
+
+  // f(panel, its products) for the panels [first, last) of one matrix, taken as pairs from the two halves.
+  template <class F>
+  void each_panel(const Matrices& m, int64_t matrix, int64_t first, int64_t last, F f) {
+    const int64_t half = ceil_div(last - first, 2);
+    for (int64_t p = first; p < first + half; ++p) {
+      const bool paired = p + half < last;
+      multiply(m, m.panel(matrix, p), paired ? m.panel(matrix, p + half) : nullptr);
+      f(p, out[0]);
+      if (paired) f(p + half, out[1]);
     }
   }
 };
@@ -180,18 +197,17 @@ void linear(const Matrices& m, const float* x, int64_t tokens, int64_t share, co
   parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
     const Group& group = routed.groups[static_cast<size_t>(task / cut)];
     const int64_t* slot = routed.order.data() + group.first;
-    alignas(64) float out[kBatch][kRows];
     Batch batch(bits);
     for (int64_t done = 0; done < group.count; done += batch.count) {
       batch.fill(m, token, group.count - done, [&](int64_t i) { return slot[done + i] / share; });
-      for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
+      const int64_t first = panels * (task % cut) / cut, last = panels * (task % cut + 1) / cut;
+      batch.each_panel(m, group.expert, first, last, [&](int64_t p, float(*out)[kRows]) {
         const int64_t rows = std::min(kRows, m.rows - p * kRows);
-        batch.multiply(m, m.panel(group.expert, p), out);
         if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
         for (int64_t i = 0; i < batch.count; ++i) {
           std::copy_n(out[i], rows, y + slot[done + i] * m.rows + p * kRows);
         }
-      }
+      });
     }
   });
 }
@@ -213,22 +229,21 @@ void gate_and_up(const Experts& e, const Route& routed, const Token* token, int6
                  float* hidden) {
   const Matrices& m = *e.gate_up;
   const int64_t panels = m.panels_each(), cut = cuts(threads, static_cast<int64_t>(routed.groups.size()), panels);
-  const auto multiply = [&](Batch& batch, int64_t matrix, int64_t p, int64_t rows, float(*out)[kRows]) {
-    batch.multiply(m, m.panel(matrix, p), out);
-    if (e.gate_up_bias != nullptr) add_bias(out, batch.count, e.gate_up_bias + matrix * m.rows + p * kRows, rows);
-  };
   parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
     const Group& group = routed.groups[static_cast<size_t>(task / cut)];
     const int64_t* slot = routed.order.data() + group.first;
-    alignas(64) float gate[kBatch][kRows], up[kBatch][kRows];
+    const int64_t matrix = e.has_gate ? 2 * group.expert : group.expert;
     Batch batch(e.input_bits);
     for (int64_t done = 0; done < group.count; done += batch.count) {
       batch.fill(m, token, group.count - done, [&](int64_t i) { return slot[done + i] / share; });
       for (int64_t p = panels * (task % cut) / cut; p < panels * (task % cut + 1) / cut; ++p) {
         const int64_t rows = std::min(kRows, m.rows - p * kRows);
-        multiply(batch, e.has_gate ? 2 * group.expert : group.expert, p, rows, gate);
-        if (e.has_gate) multiply(batch, 2 * group.expert + 1, p, rows, up);
-        isa().activate(e.activation, gate[0], e.has_gate ? up[0] : nullptr, batch.count * kRows);
+        batch.multiply(m, m.panel(matrix, p), e.has_gate ? m.panel(matrix + 1, p) : nullptr);
+        for (int64_t i = 0; e.gate_up_bias != nullptr && i <= e.has_gate; ++i) {
+          add_bias(batch.out[i], batch.count, e.gate_up_bias + (matrix + i) * m.rows + p * kRows, rows);
+        }
+        float(*gate)[kRows] = batch.out[0];
+        isa().activate(e.activation, gate[0], e.has_gate ? batch.out[1][0] : nullptr, batch.count * kRows);
         for (int64_t i = 0; i < batch.count; ++i) {
           std::copy_n(gate[i], rows, hidden + (group.first + done + i) * m.rows + p * kRows);
         }
@@ -249,21 +264,19 @@ void down_and_sum(const Experts& e, const Route& routed, const Token* token, int
     const int64_t first = panels * task / cut, last = panels * (task + 1) / cut;
     const int64_t columns = std::min(last * kRows, m.rows) - first * kRows;
     for (int64_t t = 0; t < tokens; ++t) std::fill_n(y + t * m.rows + first * kRows, columns, 0.0f);
-    alignas(64) float out[kBatch][kRows];
     Batch batch(e.down_bits);
     for (const Group& group : routed.groups) {
       for (int64_t done = 0; done < group.count; done += batch.count) {
         batch.fill(m, token, group.count - done, [&](int64_t i) { return group.first + done + i; });
         const int64_t* slot = routed.order.data() + group.first + done;
-        for (int64_t p = first; p < last; ++p) {
+        batch.each_panel(m, group.expert, first, last, [&](int64_t p, float(*out)[kRows]) {
           const int64_t rows = std::min(kRows, m.rows - p * kRows);
-          batch.multiply(m, m.panel(group.expert, p), out);
           if (e.down_bias != nullptr) add_bias(out, batch.count, e.down_bias + group.expert * m.rows + p * kRows, rows);
           for (int64_t i = 0; i < batch.count; ++i) {
             float* target = y + slot[i] / share * m.rows + p * kRows;
             for (int64_t r = 0; r < rows; ++r) target[r] += weight[slot[i]] * out[i][r];
           }
-        }
+        });
       }
     }
   });

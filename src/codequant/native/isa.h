@@ -27,6 +27,15 @@ struct Token {
 constexpr int kMaxPlanes = 3;
 inline int planes(int64_t activation_bits) { return activation_bits == 16 ? kMaxPlanes : 1; }
 
+// A panel (layout.h) to be multiplied with tokens, and where the products go.
+struct Panel {
+  const uint8_t* data;
+  float (*out)[kRows];
+};
+
+constexpr int64_t kWidth = 2;        // panels of one product
+constexpr int64_t kMaxTokens = 256;  // token planes of one product: their levels stay in the second cache
+
 enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
 
 struct Isa {
@@ -38,9 +47,10 @@ struct Isa {
   // reference.quantize_activation, integer for integer. A token that is not finite becomes NaN as a whole.
   void (*quantize)(const Matrices& matrices, const float* x, int64_t bits, float clip, uint8_t* level, Token* tokens);
 
-  // out[t][row] = sum over the columns of one panel, for count tokens. `scratch` has kScratch bytes.
-  void (*product)(const Matrices& matrices, const uint8_t* panel, const Token* tokens, int64_t count,
-                  float (*out)[kRows], uint8_t* scratch);
+  // out[t][row] of each panel = sum over its columns, for count <= kMaxTokens tokens. width: 1 panel or kWidth, which
+  // are read side by side: memory delivers two streams faster than one. `scratch` has kScratch bytes.
+  void (*product)(const Matrices& matrices, const Panel* panels, int64_t width, const Token* tokens, int64_t count,
+                  uint8_t* scratch);
 
   // gate[i] = activation(gate[i]) * up[i], or without the product where up is null.
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);

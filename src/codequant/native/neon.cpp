@@ -9,7 +9,7 @@ namespace {
 
 struct Neon {
   static constexpr int lanes = 1;
-  static constexpr int direct_tokens = 4, dense_tokens = 5, decode_once_above = 8;
+  static constexpr int direct_tokens = 4, paired_tokens = 0, dense_tokens = 5, decode_once_above = 8;
   static constexpr bool tiles = false;
   using Bytes = uint8x16_t;
   using Sums = int32x4_t;

@@ -2,6 +2,7 @@
 //
 //     lanes                                16-byte lanes of a register: 1, 2 or 4
 //     direct_tokens, dense_tokens          tokens whose sums fit in the registers, decoding on the fly and not
+//     paired_tokens                        tokens for which two panels are read side by side; 0 where that never pays
 //     decode_once_above                    tokens from which a panel is decoded once, to scratch
 //     tiles                                whether decoded panels are multiplied by tiles: see amx.cpp
 //     Bytes, Sums                          registers of bytes and of int32 sums
@@ -41,9 +42,9 @@ ALWAYS_INLINE inline void repeat(F f) {
 
 constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
 constexpr int64_t kLine = 64;             // bytes of a cache line
-// How far ahead to fetch weights into the second and into the first cache, in bytes. Both together read from memory at
-// 97% of a plain read on Sapphire Rapids; either alone, at any distance, at 71 to 88%.
-constexpr int64_t kFar = 4096, kNear = 1024;
+// How far ahead to fetch weights into the second and into the first cache, in bytes. Both together let two panels side
+// by side stream at 90% of a plain read on Sapphire Rapids; 4096 is 5% slower, and either cache alone 5 to 25%.
+constexpr int64_t kFar = 3072, kNear = 1024;
 
 // Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
 // cache and no int32 overflows: 2048 * 255 * 127 < 2**26, and 128 * row_sum < 2**30 for groups of 2**16 columns.
@@ -53,43 +54,65 @@ struct Segment {
   int64_t chunks;
   int64_t column;      // of the first level
   bool first_of_group;
+  float (*out)[kRows];
 };
 
-// Steps and row sums of `count` rows of a segment, from row `first` on; copied, for the outputs might alias the panel.
+// The compiler's own vectors, for loops so short that gcc would unroll them into scalars.
+template <int count>
+struct Vectors;
+template <>
+struct Vectors<4> {
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+};
+template <>
+struct Vectors<8> {
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(32)));
+};
+template <>
+struct Vectors<16> {
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
+};
+
+// Steps and row sums of `count` rows of a segment, from row `first` on.
 template <int count>
 struct Scales {
-  alignas(64) float step[count];
-  alignas(64) int32_t row_sum[count];
+  using Floats = typename Vectors<count>::Floats;
+  using Ints = typename Vectors<count>::Ints;
+  Floats step;
+  Ints row_sum;
 
   ALWAYS_INLINE Scales(const Segment& segment, int first) {
-    std::memcpy(step, segment.header + kTable + first * 4, sizeof step);
-    std::memcpy(row_sum, segment.header + kTable + kRows * 4 + first * 4, sizeof row_sum);
-    if (!segment.first_of_group) std::memset(row_sum, 0, sizeof row_sum);  // they count once
+    std::memcpy(&step, segment.header + kTable + first * 4, sizeof step);
+    std::memcpy(&row_sum, segment.header + kTable + kRows * 4 + first * 4, sizeof row_sum);
+    if (!segment.first_of_group) row_sum = Ints{};  // they count once
+  }
+
+  // Adds one segment's integer sums to a token's output.
+  ALWAYS_INLINE void finish(const Token& token, const int32_t* dot, float* out) const {
+    Ints sum;
+    Floats total;
+    std::memcpy(&sum, dot, sizeof sum);
+    std::memcpy(&total, out, sizeof total);
+    sum -= token.zero * row_sum;
+    total += step * (token.step * __builtin_convertvector(sum, Floats) +
+                     token.middle * __builtin_convertvector(row_sum, Floats));
+    std::memcpy(out, &total, sizeof total);
   }
 };
 
-// Adds one segment's integer sums to a token's output.
-template <int count>
-ALWAYS_INLINE inline void finish(const Scales<count>& rows, const Token& token, const int32_t (&dot)[count],
-                                 float* __restrict out) {
-  const float step = token.step, middle = token.middle;
-  const int32_t zero = token.zero;
-  for (int i = 0; i < count; ++i) {
-    const float scaled = step * static_cast<float>(dot[i] - zero * rows.row_sum[i]);
-    out[i] += rows.step[i] * (scaled + middle * static_cast<float>(rows.row_sum[i]));
-  }
-}
-
-// The same from the registers of one part: 4 * V::lanes rows of N tokens.
+// The same from the registers of one part: 4 * V::lanes rows of the N tokens from `first` on.
 template <class V, int N>
-ALWAYS_INLINE inline void finish_part(const Segment& segment, const Token* tokens, const typename V::Sums (&sums)[N][4],
-                                      int part, float (*out)[kRows]) {
+ALWAYS_INLINE inline void finish_part(const Segment& segment, const Token* tokens, int64_t first,
+                                      const typename V::Sums (&sums)[N][4], int part) {
   constexpr int count = 4 * V::lanes;
   const Scales<count> rows(segment, part * count);
   repeat<N>([&](auto n) ALWAYS_INLINE {
     int32_t dot[count];
     V::reduce(sums[n], dot);
-    finish(rows, tokens[n], dot, out[n] + part * count);
+    rows.finish(tokens[first + n], dot, segment.out[first + n] + part * count);
   });
 }
 
@@ -122,10 +145,10 @@ ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], cons
   });
 }
 
-template <int bits>
+template <int bits, bool far>
 ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
   for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) {
-    __builtin_prefetch(data + kFar + i, 0, 2);
+    if constexpr (far) __builtin_prefetch(data + kFar + i, 0, 2);
     __builtin_prefetch(data + kNear + i, 0, 3);
   }
 }
@@ -144,25 +167,30 @@ ALWAYS_INLINE inline void accumulate(typename V::Sums (&sums)[N][4], const typen
   });
 }
 
-// N tokens times one segment, looking the weights up on the way.
-template <class V, int bits, int N>
-void direct(const Segment& segment, const Token* tokens, float (*out)[kRows]) {
+// The N tokens from `first` on times P segments side by side, looking the weights up on the way.
+template <class V, int bits, int N, int P>
+void direct(const Segment* segments, const Token* tokens, int64_t first) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
   const uint8_t* level[N];
-  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[n].level + segment.column; });
+  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[first + n].level + segments[0].column; });
   for (int part = 0; part < 4 / V::lanes; ++part) {  // a register holds V::lanes of the four lanes
-    const int64_t offset = part * V::lanes * kStep;
-    typename V::Bytes table[4];
-    load_tables<V>(segment.header + offset, table);
-    typename V::Sums sums[N][4] = {};
-    const uint8_t* data = segment.data + offset;
-    for (int64_t column = 0; column < segment.chunks * chunk; column += chunk, data += chunk_bytes) {
-      prefetch_chunk<bits>(data);
-      decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
-        accumulate<V, N>(sums, weights, level, column + s * kStep);
+    typename V::Bytes table[P][4];
+    typename V::Sums sums[P][N][4] = {};
+    const uint8_t* data[P];
+    repeat<P>([&](auto p) ALWAYS_INLINE {
+      load_tables<V>(segments[p].header + part * V::lanes * kStep, table[p]);
+      data[p] = segments[p].data + part * V::lanes * kStep;
+    });
+    for (int64_t column = 0; column < segments[0].chunks * chunk; column += chunk) {
+      repeat<P>([&](auto p) ALWAYS_INLINE {
+        prefetch_chunk<bits, true>(data[p]);
+        decode_chunk<V, bits>(table[p], data[p], [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
+          accumulate<V, N>(sums[p], weights, level, column + s * kStep);
+        });
+        data[p] += chunk_bytes;
       });
     }
-    finish_part<V, N>(segment, tokens, sums, part, out);
+    repeat<P>([&](auto p) ALWAYS_INLINE { finish_part<V, N>(segments[p], tokens, first, sums[p], part); });
   }
 }
 
@@ -177,7 +205,7 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
-      if constexpr (V::tiles) prefetch_chunk<bits>(data);  // tiles leave no time to fetch in
+      if constexpr (V::tiles) prefetch_chunk<bits, false>(data);
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
         if constexpr (V::tiles) {
           V::store_step(decoded + s * kTable, weights);
@@ -189,13 +217,13 @@ void decode(const Segment& segment, uint8_t* scratch) {
   }
 }
 
-// N tokens times one decoded segment. On the way the memory from `ahead` on is fetched, `pace` bytes a step, so that it
-// is at work while the arithmetic is.
+// The N tokens from `first` on times one decoded segment. On the way the memory from `ahead` on is fetched, `pace` bytes
+// a step, so that it is at work while the arithmetic is.
 template <class V, int N>
 void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, const uint8_t* ahead, int64_t pace,
-           const Token* tokens, float (*out)[kRows]) {
+           const Token* tokens, int64_t first) {
   const uint8_t* level[N];
-  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[n].level + segment.column; });
+  repeat<N>([&](auto n) ALWAYS_INLINE { level[n] = tokens[first + n].level + segment.column; });
   for (int part = 0; part < 4 / V::lanes; ++part) {
     typename V::Sums sums[N][4] = {};
     const uint8_t* data = scratch + part * V::lanes * kStep;
@@ -205,24 +233,43 @@ void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, cons
       repeat<4>([&](auto g) ALWAYS_INLINE { weights[g] = V::load(data + g * kRegister); });
       accumulate<V, N>(sums, weights, level, column);
     }
-    finish_part<V, N>(segment, tokens, sums, part, out);
+    finish_part<V, N>(segment, tokens, first, sums, part);
   }
 }
 
-// All tokens times one segment decoded for tiles, of 64 columns: what the last one has too many is zero.
-template <class V>
-void dense_tiles(const Segment& segment, uint8_t* scratch, int64_t columns, const Token* tokens, int64_t count,
-                 float (*out)[kRows]) {
-  constexpr int64_t tile_columns = 64;
+// All tokens times one or two segments, decoded for tiles a block of columns at a time: the decoded blocks stay in the
+// first cache, and a tile of levels fetched from the second one meets two tiles of weights. While the first tokens are
+// multiplied, the next block is fetched: it follows in memory.
+template <class V, int bits>
+void dense_tiles(const Segment* segments, int64_t width, const Token* tokens, int64_t count, uint8_t* scratch) {
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
+  constexpr int64_t tile_columns = 64, block_chunks = 512 / chunk, pair = V::tile_tokens;
   const typename V::Session session;
-  if (columns % tile_columns != 0) std::memset(scratch + columns * kRows, 0, (tile_columns / 2) * kRows);
   const int64_t stride = count > 1 ? tokens[1].level - tokens[0].level : 0;
-  const Scales<kRows> rows(segment, 0);
-  alignas(64) int32_t dot[V::tile_tokens][kRows];
-  for (int64_t first = 0; first < count; first += V::tile_tokens) {
-    const int64_t n = count - first < V::tile_tokens ? count - first : V::tile_tokens;
-    V::multiply(scratch, columns, tokens[first].level + segment.column, stride, n > V::tile_tokens / 2, dot);
-    for (int64_t i = 0; i < n; ++i) finish(rows, tokens[first + i], dot[i], out[first + i]);
+  alignas(64) int32_t dot[kMaxTokens / pair][2][pair][kRows];
+  for (int64_t c = 0; c < segments[0].chunks; c += block_chunks) {
+    const int64_t left = segments[0].chunks - c, chunks = left < block_chunks ? left : block_chunks;
+    const int64_t columns = ceil_div(chunks * chunk, tile_columns) * tile_columns;
+    for (int64_t p = 0; p < width; ++p) {
+      uint8_t* decoded = scratch + p * columns * kRows;
+      Segment block = segments[p];
+      block.data += c * chunk_bytes;
+      block.chunks = chunks;
+      decode<V, bits>(block, decoded);
+      const int64_t used = chunks * chunk * kRows;
+      std::memset(decoded + used, 0, static_cast<size_t>(columns * kRows - used));
+    }
+    const int64_t next = (c + chunks) * chunk_bytes;
+    const uint8_t* const ahead[kWidth] = {segments[0].data + next, segments[width - 1].data + next};
+    for (int64_t first = 0; first < count; first += pair) {
+      const int64_t pace = first == 0 ? tile_columns / chunk * chunk_bytes : 0;
+      V::multiply(scratch, width == 2, columns, tokens[first].level + segments[0].column + c * chunk, stride,
+                  count - first > pair / 2, c == 0, ahead, pace, dot[first / pair]);
+    }
+  }
+  for (int64_t p = 0; p < width; ++p) {
+    const Scales<kRows> rows(segments[p], 0);
+    for (int64_t t = 0; t < count; ++t) rows.finish(tokens[t], dot[t / pair][p][t % pair], segments[p].out[t]);
   }
 }
 
@@ -246,45 +293,56 @@ inline void blocks(int64_t count, F f) {
 }
 
 template <class V, int bits>
-void product_bits(const Matrices& m, const uint8_t* panel, const Token* tokens, int64_t count, float (*out)[kRows],
+void product_bits(const Matrices& m, const Panel* panels, int64_t width, const Token* tokens, int64_t count,
                   uint8_t* scratch) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, segment_chunks = kSegment / chunk;
-  std::memset(out, 0, static_cast<size_t>(count) * sizeof *out);
+  for (int64_t p = 0; p < width; ++p) std::memset(panels[p].out, 0, static_cast<size_t>(count) * sizeof *panels[p].out);
   for (int64_t group = 0; group < m.groups; ++group) {
-    const uint8_t* header = panel + group * m.group_bytes();
     for (int64_t c = 0; c < m.chunks(); c += segment_chunks) {
-      const int64_t left = m.chunks() - c;
-      const Segment segment{header,
-                            header + kHeader + c * m.chunk_bytes(),
-                            left < segment_chunks ? left : segment_chunks,
-                            group * m.padded_columns() + c * chunk,
-                            c == 0};
-      if (count > V::decode_once_above) {
-        const int64_t columns = segment.chunks * chunk, bytes = segment.chunks * m.chunk_bytes();
-        decode<V, bits>(segment, scratch);
-        if constexpr (V::tiles) {
-          dense_tiles<V>(segment, scratch, columns, tokens, count, out);
+      const int64_t left = m.chunks() - c, chunks = left < segment_chunks ? left : segment_chunks;
+      const int64_t column = group * m.padded_columns() + c * chunk;
+      Segment segments[kWidth];
+      for (int64_t p = 0; p < width; ++p) {
+        const uint8_t* header = panels[p].data + group * m.group_bytes();
+        segments[p] = {header, header + kHeader + c * m.chunk_bytes(), chunks, column, c == 0, panels[p].out};
+      }
+      if constexpr (V::tiles) {
+        if (count > V::decode_once_above) {
+          dense_tiles<V, bits>(segments, width, tokens, count, scratch);
           continue;
         }
-        blocks<V::dense_tokens>(count, [&](int64_t first, auto n) {
-          // The next segment follows this one in memory, and all blocks of tokens together fetch it.
-          const uint8_t* ahead = segment.data + bytes + bytes * first / count;
-          dense<V, n>(segment, scratch, columns, ahead, kTable * bits / 8 * n / count + 1, tokens + first, out + first);
-        });
-      } else {
-        blocks<V::direct_tokens>(
-            count, [&](int64_t first, auto n) { direct<V, bits, n>(segment, tokens + first, out + first); });
+      }
+      if constexpr (V::paired_tokens > 0) {
+        if (width == 2 && count <= V::paired_tokens) {
+          with_constant<V::paired_tokens>(count, [&](auto n) { direct<V, bits, n, 2>(segments, tokens, 0); });
+          continue;
+        }
+      }
+      for (int64_t p = 0; p < width; ++p) {
+        const Segment* segment = segments + p;
+        if (count > V::decode_once_above) {
+          const int64_t bytes = chunks * m.chunk_bytes();
+          decode<V, bits>(*segment, scratch);
+          blocks<V::dense_tokens>(count, [&](int64_t first, auto n) {
+            // The next segment follows this one in memory, and all blocks of tokens together fetch it.
+            const uint8_t* ahead = segment->data + bytes + bytes * first / count;
+            dense<V, n>(*segment, scratch, chunks * chunk, ahead, kTable * bits / 8 * n / count + 1, tokens, first);
+          });
+        } else {
+          blocks<V::direct_tokens>(count,
+                                   [&](int64_t first, auto n) { direct<V, bits, n, 1>(segment, tokens, first); });
+        }
       }
     }
   }
 }
 
 template <class V>
-void product(const Matrices& m, const uint8_t* panel, const Token* tokens, int64_t count, float (*out)[kRows],
+void product(const Matrices& m, const Panel* panels, int64_t width, const Token* tokens, int64_t count,
              uint8_t* scratch) {
-  if (m.bits == 4) return product_bits<V, 4>(m, panel, tokens, count, out, scratch);
-  if (m.bits == 3) return product_bits<V, 3>(m, panel, tokens, count, out, scratch);
-  product_bits<V, 2>(m, panel, tokens, count, out, scratch);
+  if (m.bits == 4) return product_bits<V, 4>(m, panels, width, tokens, count, scratch);
+  if (m.bits == 3) return product_bits<V, 3>(m, panels, width, tokens, count, scratch);
+  product_bits<V, 2>(m, panels, width, tokens, count, scratch);
 }
 
 // Plain loops from here on: the compiler vectorizes them for the instruction set of the source that includes this.

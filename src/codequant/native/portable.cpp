@@ -6,7 +6,7 @@ namespace {
 
 struct Portable {
   static constexpr int lanes = 1;
-  static constexpr int direct_tokens = 1, dense_tokens = 1, decode_once_above = 1;
+  static constexpr int direct_tokens = 1, paired_tokens = 0, dense_tokens = 1, decode_once_above = 1;
   static constexpr bool tiles = false;
   struct Bytes {
     uint8_t v[kStep];

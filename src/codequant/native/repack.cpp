@@ -122,7 +122,8 @@ void to_panel(const Matrices& m, int64_t matrix, int64_t index, const Format& fo
     int32_t row_sum[kRows];
     for (float& s : step) s = 1.0f;
     std::memcpy(header + kTable, step, sizeof step);
-    isa().product(one_group, header, &ones, 1, sum, buffers.scratch.data());
+    const Panel one{header, sum};
+    isa().product(one_group, &one, 1, &ones, 1, buffers.scratch.data());
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t row = index * kRows + i;
       step[i] = row < m.rows ? format.step[(matrix * m.rows + row) * m.groups + group] : 0.0f;
