@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "\n\n\n"
+BATCH = 64  # documents at a time: a tokenizer takes hundreds of bytes for each token that it returns
 
 
 def read_documents(path: str | Path, whole: bool = False) -> list[str]:
@@ -77,9 +78,11 @@ def _json_texts(path: Path, lines: str) -> list[str]:
 def token_stream(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:
     """All documents' tokens, int64 [L], and where in it each document ends, int64 [D], end-of-sequence included."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # verbose=False: documents longer than the model's context are cut here, no warning is due.
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    parts = [torch.tensor(ids + separator, dtype=torch.int64) for ids in encoded]
+    parts: list[Tensor] = []
+    for start in range(0, len(documents), BATCH):
+        # verbose=False: documents longer than the model's context are cut here, no warning is due.
+        batch = tokenizer(list(documents[start : start + BATCH]), add_special_tokens=False, verbose=False)
+        parts += [torch.tensor(ids + separator, dtype=torch.int64) for ids in batch["input_ids"]]
     ends = torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0)
     return torch.cat(parts), ends
 
