@@ -4,6 +4,7 @@ The graph is static, so which units are left to do follows from the manifest alo
 workers, walks back from the wanted results and skips every valid one on the way.
 """
 
+import ctypes
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -139,11 +140,21 @@ def run_units(
         raise
 
 
+def return_free_memory() -> None:
+    """Hand freed memory back to the system. The C library keeps what large tensors have left in every thread's arena,
+    so that the process would grow to the sum of what different units need."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def measure(unit: Unit, function: Callable[[], tuple[dict[str, torch.Tensor], dict]], write: Callable) -> Record:
     """Run a unit's function, write its tensors and make its record."""
     start, cpu_start = time.perf_counter(), time.thread_time()
     tensors, info = function()
     digest, size = write(unit.key, tensors)
+    del tensors
+    return_free_memory()
     measured = {
         "seconds": round(time.perf_counter() - start, 4),
         "cpu_seconds": round(time.thread_time() - cpu_start, 4),  # what the unit costs on a machine that is not shared

@@ -310,7 +310,7 @@ def _rotation(s: _Sizes) -> Work:
     return Work(
         products=r.steps * (6 * batch * s.H**2 + 8 * cube) + 4 * rows * s.H**2 + 40 * cube,
         passes=r.steps * (60 * batch * s.H + 60 * s.H**2),
-        memory=5 * rows * s.H + 80 * s.H**2,
+        memory=4 * rows * s.H + 80 * s.H**2,
         result=4 * s.H**2,
     )
 

@@ -22,14 +22,8 @@ def learn_rotation(context: Context) -> Result:
     """R from the cached activations of all layers; centered norms confine it to rotations that keep the ones vector."""
     recipe, source = context.recipe.rotation, context.source
     sites = [(layer, k) for layer, structure in enumerate(source.structures) for k in range(len(structure.norms))]
-    pooled = [
-        context.store.read_one(hidden_key("teacher", layer + 1, shard), f"samples.{k}")
-        for layer, k in sites
-        for shard in range(context.window_shards)
-    ]
-    samples = torch.cat(pooled).to(context.device)
+    samples = read_samples(context, sites)
     by_site = samples.split([len(samples) // len(sites)] * len(sites))  # as many rows from each
-    del pooled
     keep_ones = any(norm.centered for structure in source.structures for norm in structure.norms)
     H, direction = source.hidden_size, None
     if keep_ones:
@@ -59,6 +53,20 @@ def learn_rotation(context: Context) -> Result:
     ]
     info["surfaces"] = outliers.spread(len(sites))
     return {"rotation": rotation, **outliers.surfaces(by_site, on_device)}, info
+
+
+def read_samples(context: Context, sites: list[tuple[int, int]]) -> Tensor:
+    """What `teacher` has sampled at each of the sites (layer, norm), float16 [N, H]; never twice in memory."""
+    parts = [
+        (hidden_key("teacher", layer + 1, shard), f"samples.{k}")
+        for layer, k in sites
+        for shard in range(context.window_shards)
+    ]
+    rows = [len(context.store.map(key)[name]) for key, name in parts]
+    samples = torch.empty(sum(rows), context.source.hidden_size, dtype=torch.float16, device=context.device)
+    for place, (key, name) in zip(samples.split(rows), parts):
+        place.copy_(context.store.read_one(key, name))
+    return samples
 
 
 def ends(context: Context) -> Result:

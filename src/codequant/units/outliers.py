@@ -22,10 +22,14 @@ def ranges(x: Tensor, rotation: Tensor) -> dict[str, float]:
     return {"range": float(range_loss(x).sqrt()), "range_rotated": float(range_loss(x @ rotation).sqrt())}
 
 
+def few(x: Tensor) -> Tensor:
+    """float32 [T, H]: some of the tokens [N, H]."""
+    return x[:: max(1, len(x) // TOKENS)][:TOKENS].float()
+
+
 def surface(x: Tensor) -> Tensor:
-    """|x| of a few of the tokens [N, H], as float16 [T, C]: the largest of each run of channels, so no peak is lost."""
-    picked = x[:: max(1, len(x) // TOKENS)][:TOKENS].float().abs()
-    return F.adaptive_max_pool1d(picked, min(CHANNELS, x.shape[-1])).half()
+    """|x| of tokens [T, H] as float16 [T, C]: the largest of each run of channels, so no peak is lost."""
+    return F.adaptive_max_pool1d(x.abs(), min(CHANNELS, x.shape[-1])).half()
 
 
 def spread(count: int) -> list[int]:
@@ -37,7 +41,7 @@ def spread(count: int) -> list[int]:
 
 def surfaces(samples: Sequence[Tensor], rotation: Tensor) -> dict[str, Tensor]:
     """Activations [S, T, C] of the sites `spread` picks, before and after the rotation; samples: [N, H] of each."""
-    chosen = [samples[i].float() for i in spread(len(samples))]
+    chosen = [few(samples[i]) for i in spread(len(samples))]
     return {
         "activations": torch.stack([surface(x) for x in chosen]).cpu(),
         "activations.rotated": torch.stack([surface(x @ rotation) for x in chosen]).cpu(),
