@@ -9,10 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +36,10 @@ from transformers import (
 
 import codequant
 from codequant.data import DEMO_HELDOUT, DEMO_MODEL
-from codequant.errors import InputError, VerificationError
+from codequant.errors import InputError
 from codequant.hadamard import hadamard_transform
-from codequant.kernels.reference import codebook_linear
-from codequant.packing import SUFFIXES
+from codequant.kernels.reference import codebook_linear, fake_quantize
+from codequant.packing import SUFFIXES, unpack
 from codequant.quantization_config import QuantizationConfig, Scheme
 from codequant.tasks import Tasks, scores
 
@@ -352,17 +353,99 @@ def test_a_merged_layer_is_its_parts(monkeypatch: pytest.MonkeyPatch, scheme: Sc
     torch.testing.assert_close(method.apply(layer, x, bias), torch.cat(expected, dim=-1) + bias, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("forward_pass")
+@pytest.mark.parametrize("mode", ["load", "packed"])
+@pytest.mark.parametrize("by_expert", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_experts_of_one_rank(monkeypatch: pytest.MonkeyPatch, mode: str, by_expert: bool) -> None:
+    """The second of two ranks: half of every expert's intermediate channels, or three whole experts of five."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from codequant.serving.vllm import CodequantExpertsMethod
+
+    monkeypatch.setenv("CODEQUANT_VLLM_MODE", mode)
+    torch.manual_seed(0)
+    E, H, M, T, k = 5, 24, 20, 13, 2
+    wide, narrow = Scheme(activation_clip=0.9), Scheme(bits=2, activation_clip=0.9)
+    down_scheme = Scheme(bits=3, activation_bits=4)
+    schemes = {"gate": [narrow, *[wide] * (E - 1)], "up": [wide] * E, "down": [down_scheme] * E}
+    shapes = {"gate": (M, H), "up": (M, H), "down": (H, M)}
+    parts = {
+        name: [round_to_nearest(torch.randn(shape), scheme.bits, -1) for scheme in schemes[name]]
+        for name, shape in shapes.items()
+    }
+    local = {1: 0, 3: 1, 4: 2} if by_expert else {e: e for e in range(E)}
+    layer = torch.nn.Module()
+    layer.moe_config = SimpleNamespace(tp_rank=0 if by_expert else 1, tp_size=1 if by_expert else 2)
+    layer.activation, layer.apply_router_weight_on_input = MoEActivation.SILU, False
+    layer._map_global_expert_id_to_local_expert_id = lambda expert: local.get(expert, -1)
+    layer.expert_map = torch.tensor([local.get(e, -1) for e in range(E)]) if by_expert else None
+    layer.local_num_experts = len(local)
+    modules = [f"m.experts.{e}.{name}" for name in parts for e in range(E)]
+    method = CodequantExpertsMethod(layer, "m.experts", modules, [*chain.from_iterable(schemes.values())])
+    method.create_weights(layer, len(local), H, M if by_expert else M // 2, torch.float32)
+    for shard, stem, name in [("w2", "w2", "down"), ("w3", "w13", "up"), ("w1", "w13", "gate")]:
+        for expert, part in reversed([*enumerate(parts[name])]):  # the other rank's last, over ours if not left out
+            for suffix in SUFFIXES:
+                parameter = getattr(layer, f"{stem}_weight_{suffix}")
+                parameter.weight_loader(parameter, getattr(part, suffix), "name", shard, expert)
+    method.process_weights_after_loading(layer)
+
+    x, index = torch.randn(T, H), torch.rand(T, E).topk(k).indices
+    weights = torch.rand(T, k)
+    mine = slice(None) if by_expert else slice(M // 2, None)
+    expected = torch.zeros(T, H)
+    for t, slot in product(range(T), range(k)):
+        expert = int(index[t, slot])
+        if expert in local:
+            gate, up, down = (unpack(parts[name][expert]) for name in ("gate", "up", "down"))
+            input = fake_quantize(x[t], wide.activation_bits, wide.activation_clip)
+            inner = torch.nn.functional.silu(input @ gate[mine].T) * (input @ up[mine].T)
+            expected[t] += weights[t, slot] * (fake_quantize(inner, down_scheme.activation_bits) @ down[:, mine].T)
+    # Sums of 24 and 20 products; inner values lie far from the middle between two of 16 levels for this seed.
+    torch.testing.assert_close(method.apply(layer, x, weights, index, None, None), expected, rtol=1e-5, atol=1e-4)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_tensor_stops_the_engine(tmp_path: Path) -> None:
-    folder = random_folder(tmp_path / "model", "mixtral", QuantizationConfig(Scheme(), IGNORE))
-    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight_step"
+def write_newer_format(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def drop_tensor(folder: Path) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_step"
     shard = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
     tensors = load_file(shard)
     del tensors[name]
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(AssertionError, match=f"{name}: missing"):
+
+
+def leave(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("ignore", "damage", "message"),
+    [
+        (IGNORE, write_newer_format, "format: 2, expected 1"),
+        (IGNORE, drop_tensor, r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight_step: missing"),
+        (("lm_head",), leave, r"model\.layers\.1\.mlp\.gate: quantized, which vLLM cannot serve; expected"),
+        (
+            (*IGNORE, "*.k_proj"),
+            leave,
+            r"model\.layers\.0\.self_attn\.k_proj: not quantized, but .* with model\.layers\.0\.self_attn\.q_proj",
+        ),
+    ],
+    ids=["format version", "missing tensor", "router", "part of a merged layer"],
+)
+def test_the_engine_stops_with_a_name(
+    tmp_path: Path, ignore: tuple[str, ...], damage: Callable[[Path], None], message: str
+) -> None:
+    folder = random_folder(tmp_path / "model", "qwen3_moe", QuantizationConfig(Scheme(), ignore))
+    damage(folder)
+    with pytest.raises(AssertionError, match=message):  # in one line: a point matches no end of line
         run_engine(tmp_path, folder, random_prompts(128)[:1], "packed")
 
 
@@ -383,44 +466,15 @@ def test_errors_name_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.other: no such matrix"):
         config.schemes(["model.layers.1.mlp.other"])
 
-    values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"]["format"] = 2
-    shutil.copytree(folder, tmp_path / "newer")
-    (tmp_path / "newer" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="format: 2, expected 1"):
-        plugin_config(tmp_path / "newer")
-    with pytest.raises(VerificationError, match=r"model-00001-of-00002\.safetensors: missing"):
-        shard = tmp_path / "newer" / "model-00001-of-00002.safetensors"
-        shard.unlink()
-        (tmp_path / "newer" / "config.json").write_text((folder / "config.json").read_text())
-        plugin_config(tmp_path / "newer")
-
-    router = random_folder(tmp_path / "router", "qwen3_moe", QuantizationConfig(Scheme(), ("lm_head",)))
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate: quantized, which vLLM cannot serve"):
-        plugin_config(router)
-
     monkeypatch.setenv("CODEQUANT_VLLM_MODE", "fast")
     with pytest.raises(InputError, match="CODEQUANT_VLLM_MODE: 'fast'"):
         plugin_config(folder)
 
 
-@pytest.mark.parametrize(
-    ("ignore", "overrides", "message"),
-    [
-        (
-            ("*.k_proj",),
-            {},
-            r"layers\.0\.self_attn\.k_proj: not quantized, .* with model\.layers\.0\.self_attn\.q_proj",
-        ),
-        ((), {"*.v_proj": {"activation_bits": 16}}, r"layers\.0\.self_attn\.v_proj: Scheme\(.*expected Scheme"),
-    ],
-)
-def test_merged_layers_must_agree(
-    tmp_path: Path, ignore: tuple[str, ...], overrides: dict[str, dict[str, Any]], message: str
-) -> None:
-    config = QuantizationConfig(Scheme(), (*IGNORE, *ignore), overrides)
+def test_merged_layers_must_agree(tmp_path: Path) -> None:
+    config = QuantizationConfig(Scheme(), IGNORE, {"*.v_proj": {"activation_bits": 16}})
     plugin = plugin_config(random_folder(tmp_path / "model", "qwen3_moe", config))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.v_proj: Scheme\(.*expected Scheme"):
         plugin.schemes([f"model.layers.0.self_attn.{x}_proj" for x in "qkv"])
 
 
