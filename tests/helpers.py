@@ -1,8 +1,10 @@
 """Small random models of every supported family, and quantized checkpoints of them made by round-to-nearest."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
@@ -95,6 +97,15 @@ _CONFIGS = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
+
+
+def load_example(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_config(family: str) -> PretrainedConfig:

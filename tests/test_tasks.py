@@ -1,13 +1,12 @@
 """lm-eval on models in memory: its accuracies are those of log-probabilities computed by hand, offline."""
 
-import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
-from helpers import log_probability, random_model
+from helpers import load_example, log_probability, random_model
 from sources import write_tokenizer
 from task_wheel import DOCUMENTS, PIQA, write_wheel
 from transformers import AutoTokenizer
@@ -18,16 +17,10 @@ from codequant.errors import InputError
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'codequant[eval]'")
 from codequant.tasks import Score, Tasks, render, score, scores
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "make_lm_eval_tasks.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("make_lm_eval_tasks")
 
 
 @pytest.fixture(scope="module")
