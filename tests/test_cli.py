@@ -151,8 +151,17 @@ def test_existing_output_is_left_alone(source, tmp_path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     assert run("quantize", source, tmp_path / "out", *SETS, "--calibration", tmp_path / "text.txt") == 2
-    assert "exists already" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "exists already" in error and "is left of" not in error
     assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_work_left_beside_a_finished_output_is_named(source, tmp_path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.codequant-work").mkdir()
+    assert run("quantize", source, tmp_path / "out", *SETS, "--calibration", tmp_path / "text.txt") == 2
+    assert f"{tmp_path / 'out.codequant-work'} is left of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "out.codequant-work").is_dir()
 
 
 def test_no_room_on_disk(source, tmp_path, capsys, monkeypatch) -> None:

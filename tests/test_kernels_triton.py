@@ -22,8 +22,9 @@ from codequant.packing import PackedWeight, groups_per_row, pack, unpack
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
 
 from codequant.kernels import triton as backend
-from codequant.kernels.triton import ops, routing
+from codequant.kernels.triton import dispatch, ops, routing
 from codequant.kernels.triton.activation import quantize
+from codequant.kernels.triton.dense import dequantize, gate
 from codequant.kernels.triton.dispatch import decodes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -327,6 +328,79 @@ def test_results_do_not_depend_on_the_batch(device: torch.device) -> None:
     x, index, weights = x.to(device), index.to(device), weights.to(device)
     whole = backend.experts(x, index, weights, prepared)
     assert torch.equal(whole[:10], backend.experts(x[:10], index[:10], weights[:10], prepared))
+
+
+# ------------------------------------------------------------------------------------------------------------- dense
+
+
+@pytest.mark.parametrize("bits, group_size, O, I", [(4, -1, 20, 200), (3, 64, 5, 128), (2, 8, 33, 24), (4, -1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantized_weights_are_the_rounded_ones(
+    device: torch.device, bits: int, group_size: int, O: int, I: int, dtype: torch.dtype
+) -> None:
+    weight = random_weight((2, O, I), bits, group_size, torch.Generator().manual_seed(I))
+    found = dequantize(backend.prepare_linear(to(weight, device)), dtype)
+    exact = unpack(weight)  # the interpreter cuts bfloat16 off: a whole unit of the last place, or of subnormals
+    assert_within(found, exact, torch.finfo(dtype).eps * exact.abs() + 2**-24)
+
+
+@pytest.fixture
+def soon_dense(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight tokens count as very many."""
+    always = dispatch.DenseConfig(8, 0)
+    generation = replace(dispatch.generation(device), dense_linear=always, dense_experts=always)
+    monkeypatch.setattr(ops, "generation", lambda _: generation)
+
+
+@pytest.mark.usefixtures("soon_dense")
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_tokens_meet_a_dequantized_matrix(device: torch.device, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = random_weight((10, 36), 4, -1, generator), torch.randn(8, 36, generator=generator).bfloat16()
+    b = torch.randn(10, generator=generator) if bias else None
+    y = backend.linear(x.to(device), backend.prepare_linear(to(weight, device)), None if b is None else b.to(device))
+    expected = reference.codebook_linear(x.double(), weight, None if b is None else b.double())
+    # Every weight is rounded, by up to a unit of the last place; so are the bias and the result, each by half of one.
+    magnitude = x.double().abs() @ unpack(weight).double().abs().T
+    tolerance = torch.finfo(torch.bfloat16).eps * (magnitude + expected.abs() + (0 if b is None else b.abs()))
+    assert_within(y, expected, tolerance)
+
+
+@pytest.mark.usefixtures("soon_dense")
+@pytest.mark.parametrize("activation, has_gate, group_size", [("silu", True, -1), (None, True, 8), ("relu", False, -1)])
+def test_many_tokens_meet_dequantized_experts(
+    device: torch.device, activation: str | None, has_gate: bool, group_size: int
+) -> None:
+    """Against float64. Two weights, two intermediates and two results are rounded to bfloat16 on the way, each by less
+    than 2**-7 and in all directions: together below 2**-6 of the norm. Some pairs belong to nobody."""
+    M, k = 24, 2
+    f = ACTIVATIONS[activation or "silu"]
+    experts = random_experts(
+        3, 40, M, 16, group_size=group_size, activation=activation, has_gate=has_gate, bias=True,
+        apply_gate=(lambda h: f(h[:, :M]) * h[:, M:]) if has_gate else f,
+    )  # fmt: skip
+    T = 29
+    index, weights = random_routing(T, 3, k, torch.Generator().manual_seed(0))
+    index[:4, 1], index[5] = -1, 3
+    x = torch.randn(T, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = backend.experts(
+        x.to(device), index.to(device), weights.to(device), backend.prepare_experts(moved(experts, device))
+    )
+    expected = torch.zeros(T, 16, dtype=torch.float64)
+    for e in range(3):
+        token, slot = (index == e).nonzero(as_tuple=True)
+        up, down = (unpack(m)[e].double() for m in (experts.gate_up, experts.down))
+        hidden = experts.apply_gate(x[token].double() @ up.T + experts.gate_up_bias[e])
+        out = hidden @ down.T + experts.down_bias[e]
+        expected.index_add_(0, token, out * weights[token, slot, None])
+    assert y.dtype == torch.bfloat16 and not y[5].any()
+    assert float((y.cpu().double() - expected).norm() / expected.norm()) < 2**-6
+
+
+@pytest.mark.gpu
+def test_more_rows_than_the_second_axis_of_a_grid_has() -> None:
+    x = torch.randn(65536 + 3, 4, device="cuda")
+    torch.testing.assert_close(gate(x, True, "relu"), x[:, :2].relu() * x[:, 2:])
 
 
 # ----------------------------------------------------------------------------------------------------------- routing

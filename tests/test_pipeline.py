@@ -9,6 +9,8 @@ from sources import SMALL, write_source
 from transformers import AutoModelForCausalLM
 
 import codequant
+from codequant.errors import InputError
+from codequant.inspection import inspect_folder
 from codequant.pipeline import quantize
 from codequant.verification import check_tensors
 
@@ -50,12 +52,37 @@ def test_quantize_load_generate(family: str, tmp_path: Path) -> None:
         ("w2a8", [], 0.35),
         ("w3a8", ["weights.group_size=8", "rotation.heads=false"], 0.01),
         ("w4a8", ["weights.method=rtn", "rotation.method=none"], 0.11),
+        ("w4a8", ["weights.target_bits=3.2"], 0.2),
     ],
 )
 def test_recipes(recipe: str, overrides: list[str], limit: float, tmp_path: Path) -> None:
     source = write_source("qwen3_moe", tmp_path / "source")
     out = quantize(source, tmp_path / "out", recipe, overrides=SMALL + overrides, calibration=tmp_path / "text.txt")
     assert divergence(source, out) < limit  # about four times what was measured
+
+
+@pytest.mark.parametrize(("family", "target"), [("qwen3_moe", 3.1), ("qwen3_moe", 3.6), ("gpt_oss", 3.6)])
+def test_bits_are_given_out_up_to_the_target(family: str, target: float, tmp_path: Path) -> None:
+    source = write_source(family, tmp_path / "source")
+    options = [*SMALL, f"weights.target_bits={target}"]
+    out = quantize(source, tmp_path / "out", overrides=options, calibration=tmp_path / "text.txt")
+    kinds = [kind for kind in inspect_folder(out).kinds if kind.scheme is not None]
+    weights = sum(kind.parameters for kind in kinds)
+    average = sum(kind.parameters * kind.scheme.bits for kind in kinds) / weights
+    largest = max(kind.parameters / kind.count for kind in kinds)  # what one more bit would have cost
+    assert target - 2 * 2 * largest / weights < average <= target
+    assert {kind.scheme.bits for kind in kinds if "experts" not in kind.name} == {4}
+    check_tensors(out)
+    assert divergence(source, out) < 0.4
+    assert "bits given out" in (out / "report.html").read_text()
+
+
+def test_a_target_out_of_reach_is_refused(tmp_path: Path) -> None:
+    source = write_source("qwen3_moe", tmp_path / "source")
+    with pytest.raises(InputError, match=r"weights.target_bits: 2.0, expected 2.98 to 4.00"):
+        quantize(
+            source, tmp_path / "out", overrides=[*SMALL, "weights.target_bits=2"], calibration=tmp_path / "text.txt"
+        )
 
 
 def test_same_input_gives_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:

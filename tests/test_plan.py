@@ -54,6 +54,14 @@ def test_wider_matrices_than_were_measured_cost_the_square_and_the_cube() -> Non
     assert rates.quantizing(16, 2, 3) == 2 * 3.0 * 8 + 3 * 2.0 * 4
 
 
+def test_workers_share_what_a_gpu_computes_and_nothing_else() -> None:
+    work = Work(products=10, read=4, result=3, calls=2)
+    rates = Rates(5.0, 1.0, {}, read=2.0, write=1.0)
+    assert work.seconds(rates, 3) - work.seconds(rates, 1) == pytest.approx(2 * 10 / 5)
+    on_cpu = Rates(5.0, 1.0, {})
+    assert work.seconds(rates) - work.seconds(on_cpu) == pytest.approx(4 / 2 + 3 / 1)
+
+
 def test_disk_at_its_fullest_and_output(source: Path, tmp_path: Path) -> None:
     """What lies in the work folder after every unit, against the prediction."""
     out = tmp_path / "out"

@@ -49,6 +49,9 @@ BENCHMARKS = ("accuracy", "clustering", "cpu", "gpu", "scale")
 Source = Annotated[str, typer.Argument(help="local model folder or hub id")]
 Folder = Annotated[Path, typer.Argument(help="folder written by codequant")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a field of the recipe: stage.key=value")]
+TargetBits = Annotated[
+    float | None, typer.Option(help="average bits per weight; experts get 2, 3 or 4 by what those cost the model")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the numbers to this file too ('-': stdout)")]
 Device = Annotated[str, typer.Option(help="cpu or cuda[:N]")]
 
@@ -94,6 +97,10 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
+def with_target(overrides: list[str] | None, target_bits: float | None) -> list[str] | None:
+    return overrides if target_bits is None else [*(overrides or []), f"weights.target_bits={target_bits}"]
+
+
 def describe(progress: "UnitProgress") -> str:
     layer = progress.unit.arguments.get("layer")
     return STAGES[progress.unit.function] + (f", layer {layer}" if layer is not None else "")
@@ -115,6 +122,7 @@ def quantize(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must not exist")],
     recipe: Annotated[str, typer.Option(help="bundled recipe or YAML file")] = "w4a8",
     overrides: Overrides = None,
+    target_bits: TargetBits = None,
     calibration: Annotated[
         str | None, typer.Option(help="text file (documents separated by three newlines) or .jsonl; default: bundled")
     ] = None,
@@ -128,6 +136,7 @@ def quantize(
 
     An interrupted run goes on where it stopped: type the same command again.
     """
+    overrides = with_target(overrides, target_bits)
     run_quantize(source, output, recipe, overrides, calibration, executor, ray_address, workers, device, keep_work)
     out.print(f"{output}: written. Next: codequant verify {output}", soft_wrap=True)
 
@@ -180,6 +189,7 @@ def plan(
     source: Source,
     recipe: Annotated[str, typer.Option(help="bundled recipe or YAML file")] = "w4a8",
     overrides: Overrides = None,
+    target_bits: TargetBits = None,
     workers: Annotated[int | None, typer.Option(min=1, help="units of work at a time; default: CPU cores")] = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
@@ -188,7 +198,7 @@ def plan(
     from codequant.pipeline import plan_run
     from codequant.plan import as_table
 
-    found = plan_run(source, recipe, overrides=overrides, workers=workers, device=device)
+    found = plan_run(source, recipe, overrides=with_target(overrides, target_bits), workers=workers, device=device)
     out.print(as_table(found))
     write_json(found.to_dict(), json_file)
 

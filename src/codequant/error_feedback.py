@@ -16,11 +16,12 @@ output. Rows are independent. Three ways to lower that cost, all of them passes 
 
 Letters: B matrices in a stack, O rows (output channels), I columns (input channels), G column groups of S = I / G
 adjacent columns, each with its own codebook of K entries per row. Matrices that share a Hessian are one matrix of
-B * O rows. The torch functions, blocked so that most of the work is matrix products, define the result and serve
-devices other than the CPU, for which the native library is faster.
+B * O rows. The torch functions, blocked so that most of the work is matrix products, define the result; the native
+library (CPU) and Triton kernels (GPU) are faster.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from torch import Tensor
 from codequant.native import library
 
 BLOCK = 128  # columns whose feedback reaches the rest in one matrix product
-MEMBER_ELEMENTS = 2**25  # float32 membership entries held at once by refit_reference: 128 MiB
+MEMBER_ELEMENTS = 2**25  # float32 membership entries held at once by normal_equations: 128 MiB
+NormalEquations = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def damping(hessian: Tensor, fraction: float) -> Tensor:
@@ -82,12 +84,14 @@ def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
     Factorised in float64, one matrix at a time.
     """
     factor = torch.empty_like(hessian, dtype=torch.float32)
+    info = torch.zeros(len(hessian), dtype=torch.int32, device=hessian.device)
     for b, (matrix, permutation) in enumerate(zip(hessian, order)):
         last_first = permutation.flip(0)  # R is the lower factor of the reversed matrix, reversed back
-        lower, info = torch.linalg.cholesky_ex(matrix.double()[last_first][:, last_first])
-        if int(info):
-            raise ValueError(f"hessian {b}: not positive definite, expected one that `damped` was applied to")
+        lower, info[b] = torch.linalg.cholesky_ex(matrix.double()[last_first][:, last_first])
         factor[b] = lower.flip((0, 1))
+    if bool(info.any()):  # one question for all: a GPU would stop for each
+        b = int(info.nonzero()[0])
+        raise ValueError(f"hessian {b}: not positive definite, expected one that `damped` was applied to")
     return factor
 
 
@@ -129,8 +133,13 @@ def refit_codebook(
     entry keeps its value. With G = 1 this is the closed-form solution; with more groups a Gauss-Seidel round over them,
     which lowers the cost too. Shapes as in `assign_with_feedback`; the order of entries may change.
     """
-    if target.is_cuda or library() is None or target.numel() == 0:
+    if target.numel() == 0 or (not target.is_cuda and library() is None):
         return refit_reference(target, hessian, codebook, indices, ridge)
+    if target.is_cuda:
+        from codequant.kernels.triton import error_feedback as triton_error_feedback
+
+        equations = triton_error_feedback.normal_equations
+        return refit_reference(target, hessian, codebook, indices, ridge, equations)
     target, hessian, indices = target.float().contiguous(), hessian.float().contiguous(), indices.contiguous()
     result = codebook.float().contiguous().clone()
     B, O, I = target.shape
@@ -182,30 +191,45 @@ def sweep_reference(
     return indices
 
 
-def refit_reference(target: Tensor, hessian: Tensor, codebook: Tensor, indices: Tensor, ridge: float) -> Tensor:
-    """The readable twin of `refit_codebook`, on any device."""
-    B, O, I = target.shape
+def refit_reference(
+    target: Tensor,
+    hessian: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    ridge: float,
+    equations: NormalEquations | None = None,
+) -> Tensor:
+    """The readable twin of `refit_codebook`, on any device; `equations` computes what `normal_equations` does."""
     G, K = codebook.shape[-2:]
-    S = I // G
     codebook = codebook.clone()
-    for b in range(B):
-        matrix = hessian[b]  # [I, I]
-        for rows in torch.arange(O, device=target.device).split(max(1, MEMBER_ELEMENTS // (S * K))):
-            wanted, index, entries = target[b, rows], indices[b, rows].long(), codebook[b, rows]
-            error = lookup(entries, index) - wanted  # [O, I]
-            for g in range(G):
-                columns = slice(g * S, (g + 1) * S)
-                member = torch.nn.functional.one_hot(index[:, columns], K).to(target.dtype)  # [O, S, K]
-                normal = (member.mT @ matrix[columns, columns] @ member).double()  # [O, K, K]
-                slope = ((error @ matrix[:, columns]).unsqueeze(-2) @ member).double().squeeze(-2)  # [O, K]
-                strength = ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)  # [O]
-                # A group without weight in the Hessian has no equation: any strength leaves its entries alone.
-                strength = torch.where(strength > 0, strength, 1.0)
-                normal.diagonal(dim1=-2, dim2=-1).add_(strength.unsqueeze(-1))
-                entries[:, g] -= torch.linalg.solve(normal, slope).to(entries.dtype)
-                error[:, columns] = entries[:, g].gather(-1, index[:, columns]) - wanted[:, columns]
-            codebook[b, rows] = entries
+    error = lookup(codebook, indices) - target  # [B, O, I]
+    for g, columns in enumerate(torch.arange(target.shape[-1]).chunk(G)):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        gradient = error @ hessian[:, :, part]  # [B, O, S]
+        normal, slope = (equations or normal_equations)(hessian[:, part, part], gradient, indices[..., part], K)
+        strength = ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)  # [B, O]
+        # A group without weight in the Hessian has no equation: any strength leaves its entries alone.
+        strength = torch.where(strength > 0, strength, 1.0)
+        normal.diagonal(dim1=-2, dim2=-1).add_(strength.unsqueeze(-1))
+        codebook[:, :, g] -= torch.linalg.solve(normal, slope).to(codebook.dtype)
+        error[..., part] = lookup(codebook[:, :, g, None], indices[..., part]) - target[..., part]
     return codebook
+
+
+def normal_equations(hessian: Tensor, gradient: Tensor, indices: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """(M H M^T [B, O, K, K], M gradient [B, O, K]), float64, with M [K, S] the membership of a row's columns.
+
+    hessian [B, S, S] of one column group, gradient float32 [B, O, S], indices uint8 [B, O, S] below `entries` = K.
+    """
+    B, O, S = gradient.shape
+    normal = torch.empty(B, O, entries, entries, dtype=torch.float64, device=gradient.device)
+    slope = torch.empty(B, O, entries, dtype=torch.float64, device=gradient.device)
+    for b in range(B):
+        for rows in torch.arange(O, device=gradient.device).split(max(1, MEMBER_ELEMENTS // (S * entries))):
+            member = torch.nn.functional.one_hot(indices[b, rows].long(), entries).to(gradient.dtype)  # [rows, S, K]
+            normal[b, rows] = (member.mT @ hessian[b] @ member).double()
+            slope[b, rows] = (gradient[b, rows].unsqueeze(-2) @ member).double().squeeze(-2)
+    return normal, slope
 
 
 def _sweep(
@@ -218,9 +242,14 @@ def _sweep(
     threads: int | None,
 ) -> Tensor:
     """`sweep_reference` by the fastest implementation for the device."""
-    if target.is_cuda or library() is None or target.numel() == 0:
+    if target.numel() == 0 or sweeps == 0 or (not target.is_cuda and library() is None):
         return sweep_reference(target, matrix, codebook, groups, indices, sweeps)
     target, matrix, codebook = (t.float().contiguous() for t in (target, matrix, codebook))
+    if target.is_cuda:
+        from codequant.kernels.triton import error_feedback as triton_error_feedback
+
+        error = None if indices is None else lookup(codebook, indices) - target
+        return triton_error_feedback.sweep(target, matrix, codebook, groups, error, sweeps)
     groups = groups.to(torch.int32).contiguous()
     result = torch.zeros_like(target, dtype=torch.uint8) if indices is None else indices.clone().contiguous()
     B, O, I = target.shape

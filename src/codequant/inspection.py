@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from codequant.checkpoint_names import by_checkpoint_name, parameter_sources, skeleton
@@ -127,7 +127,17 @@ def render(inspection: Inspection) -> Group:
         f"{inspection.architecture}: {inspection.parameters:,} parameters in {decimal(inspection.bytes)}, "
         f"{inspection.bits_per_weight:.2f} bits each ({inspection.bits_per_quantized_weight:.2f} where quantized)"
     )
-    table = Table("module", "layers", "count", "shape", "weights", "activations", "size", box=None, pad_edge=False)
+    table = Table(
+        Column("module", overflow="fold"),
+        "layers",
+        "count",
+        "shape",
+        "weights",
+        "activations",
+        "size",
+        box=None,
+        pad_edge=False,
+    )
     for kind in inspection.kinds:
         table.add_row(
             kind.name,

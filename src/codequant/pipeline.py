@@ -23,6 +23,7 @@ from codequant.calibration import content_hash, read_documents, windows
 from codequant.data import DEMO_CALIBRATION
 from codequant.errors import InputError
 from codequant.executor import Executor, LocalExecutor, Progress, run_units
+from codequant.packing import BITS
 from codequant.plan import Plan, disk_bytes, plan, workers_that_fit
 from codequant.ray_executor import RayExecutor
 from codequant.recipe import Calibration, Recipe, load_recipe
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 SCAN = "scan.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DEFAULT_CALIBRATION = DEMO_CALIBRATION
+GPU_WORKERS = 2  # one reads and hashes while the other computes; a third makes a layer of Qwen3-30B-A3B 12% faster
 
 
 def quantize(
@@ -57,7 +59,7 @@ def quantize(
     source: a local folder or a hub id. recipe: a bundled name, a YAML file or a Recipe. overrides: `key=value` fields
     of the recipe. calibration: text to calibrate on (documents separated by three newlines, or .jsonl); by default the
     demo text that comes with the package. executor: units of work on threads of this process, or on a Ray cluster, by
-    default one that is started here. workers: units of work at a time, by default one per CPU core (one on a GPU).
+    default one that is started here. workers: units of work at a time, by default one per CPU core, or two on a GPU.
 
     The work folder `<out>.codequant-work` keeps finished units: calling again after an interruption goes on where it
     stopped. Raises InputError for anything wrong with the input, before any work starts.
@@ -135,7 +137,8 @@ def work_folder(out: Path) -> Path:
 
 def check_output(out: Path) -> Path:
     if out.exists():
-        raise InputError(f"out: {out} exists already, expected a new folder")
+        left = f"; {work} is left of an earlier run" if (work := work_folder(out)).exists() else ""
+        raise InputError(f"out: {out} exists already, expected a new folder{left}")
     if not out.absolute().parent.is_dir():
         raise InputError(f"out: {out.absolute().parent} is no folder, expected an existing parent folder")
     return out
@@ -162,9 +165,9 @@ def check_executor(kind: str, ray_address: str | None) -> None:
 
 
 def default_workers(context: Context) -> int:
-    """One per CPU core as far as their units fit in memory; one on a GPU."""
+    """One per CPU core as far as their units fit in memory; on a GPU, so many that one reads while another computes."""
     if context.device.type != "cpu":
-        return 1
+        return GPU_WORKERS
     return workers_that_fit(context, len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
 
 
@@ -177,6 +180,16 @@ def check_supported(context: Context) -> None:
             f"{context.recipe.calibration.windows_per_unit} of {context.recipe.calibration.windows} windows, expected "
             "at most half of them, so that one unit can be held out"
         )
+    if (target := context.recipe.weights.target_bits) is not None:
+        in_experts, others = context.quantized_weights()
+        if not in_experts:
+            raise InputError(
+                f"weights.target_bits: {target}, but no expert is quantized, expected a model that has some"
+            )
+        spent = context.recipe.weights.bits * others
+        least, most = ((spent + b * in_experts) / (in_experts + others) for b in (BITS[0], BITS[-1]))
+        if not least <= target <= most:
+            raise InputError(f"weights.target_bits: {target}, expected {least:.2f} to {most:.2f} for this model")
     if context.rotates:
         for name, structure in zip(context.source.layer_names, context.source.structures):
             if structure.obstacles:

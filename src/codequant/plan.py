@@ -9,6 +9,7 @@ them for each token, V words of the vocabulary, O and I output and input channel
 """
 
 import heapq
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from rich.table import Table
 
 from codequant.executor import Unit
-from codequant.packing import groups_per_row
+from codequant.packing import BITS, groups_per_row
 from codequant.quantization_config import Scheme
 from codequant.units import Context, graph
 from codequant.units.dense import PROOF_TOKENS
@@ -29,7 +30,14 @@ from codequant.units.moments import Moments
 
 PROCESS_BYTES = 430 << 20  # Python with torch and transformers, before any work
 SAMPLE_WIDTH = 2048  # of the widest matrix that is quantized to measure rates
-SAMPLE_ROWS = (16, 272)
+# (Hessians, rows under each) of two matrices. A GPU takes as long for a few rows as for thousands, and units give it
+# thousands.
+SAMPLES = {"cpu": ((1, 16), (1, 272)), "cuda": ((16, 256), (16, 1280))}
+# Bytes per second between files and a GPU, through one thread of the host: source tensors (page cache, a copy, the bus)
+# and results (the bus, SHA-256, fsync). Measured on 2026-11-22 beside one H200, as in docs/LOG.md.
+GPU_READ, GPU_WRITE = 2.8e9, 4e8
+# Scratch memory of kernels/triton/clustering.py: bytes per value, and values at a time.
+GPU_CLUSTERING = (116, 2**24)
 UNIT_SECONDS = 0.005  # two synced files and the bookkeeping of a unit
 CALL_SECONDS = 5e-5  # one operation on small tensors, from Python
 
@@ -41,6 +49,8 @@ class Rates:
     product: float  # floating-point operations per second, in float32 matrix products
     copy: float  # bytes per second that elementwise passes read and write
     quantize: dict[int, tuple[float, float]]  # I: seconds per Hessian, and per row that is quantized under it
+    read: float = math.inf  # bytes per second from files to a GPU; a CPU reads them as it computes
+    write: float = math.inf  # of results that a GPU computes; beside a CPU's work it is nothing
 
     def quantizing(self, I: int, hessians: float, rows: float) -> float:
         """Seconds. Wider matrices than were measured: factorisations grow by the cube, sweeps by the square."""
@@ -57,17 +67,16 @@ class Work:
     passes: float = 0.0  # bytes read and written by elementwise passes
     quantized: tuple[tuple[int, float, float], ...] = ()  # (I, Hessians, rows)
     calls: float = 0.0  # operations on tensors so small that only their number counts
+    read: float = 0.0  # bytes of source, inputs and other results
     memory: float = 0.0  # bytes that it holds at its fullest
     result: float = 0.0  # bytes that it writes
 
-    def seconds(self, rates: Rates) -> float:
-        return (
-            UNIT_SECONDS
-            + self.calls * CALL_SECONDS
-            + self.products / rates.product
-            + self.passes / rates.copy
-            + sum(rates.quantizing(*part) for part in self.quantized)
-        )
+    def seconds(self, rates: Rates, sharing: int = 1) -> float:
+        """`sharing` workers compute on one device; each reads, writes and calls by itself."""
+        own = self.calls * CALL_SECONDS + self.read / rates.read + self.result / rates.write
+        shared = self.products / rates.product + self.passes / rates.copy
+        shared += sum(rates.quantizing(*part) for part in self.quantized)
+        return UNIT_SECONDS + own + sharing * shared
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,12 @@ def plan(context: Context, workers: int, rates: Rates | None = None) -> Plan:
     rates = rates or measure_rates(context)
     units = graph(context)
     works = count_work(context, units)
-    seconds = {key: work.seconds(rates) for key, work in works.items()}
+    on_gpu = context.device.type != "cpu"
+    seconds = {key: work.seconds(rates, workers if on_gpu else 1) for key, work in works.items()}
     stages: dict[str, float] = {}
     for unit in units:
         stages[unit.function] = stages.get(unit.function, 0.0) + seconds[unit.key]
     total, memory, disk = simulate(units, works, seconds, workers)
-    on_gpu = context.device.type != "cpu"
     return Plan(
         device=context.device.type,
         workers=workers,
@@ -227,6 +236,11 @@ class _Sizes:
             found.append((sum(O for O, _ in shapes), shapes[0][1], quantized))
         return found
 
+    def scratch(self, values: float) -> float:
+        """Bytes beside a matrix of so many values while it is clustered."""
+        per_value, limit = GPU_CLUSTERING
+        return per_value * min(values, limit) if self.context.device.type != "cpu" else 0.0
+
     def weights(self, layer: int) -> int:
         """Of all linear maps of a layer but its experts."""
         return sum(O * I for O, I, _ in self.sites(layer))
@@ -247,7 +261,8 @@ class _Sizes:
         if not E:
             return rest, 0
         outer, inner = (self.context.experts_scheme(layer, inner=i) for i in (False, True))
-        return rest, stored((P - 1) * M, self.H, outer) + stored(self.H, M, inner)
+        one = stored((P - 1) * M, self.H, outer) + stored(self.H, M, inner)
+        return rest, one * (self.recipe.weights.target_bits or scheme.bits) / scheme.bits
 
 
 def stored(rows: int, columns: int, scheme: Scheme | None) -> float:
@@ -269,7 +284,8 @@ def _forward(s: _Sizes, layer: int, experts: bool) -> Work:
         passes += 15.0 * min(E, s.n * k) * expert + s.n * k * (20 * s.H + 30 * M)
     widest = max((O for O, *_ in s.sites(layer)), default=0)
     memory = 10 * weights + 6 * s.stream + 8 * s.n * widest + 16 * expert
-    return Work(products, passes, calls=25 * E * experts, memory=memory, result=s.stream)
+    read = s.stream + 2 * weights + 2 * E * expert * experts
+    return Work(products, passes, calls=25 * E * experts, read=read, memory=memory, result=s.stream)
 
 
 def _embed(s: _Sizes) -> Work:
@@ -315,13 +331,16 @@ def _dense(s: _Sizes, layer: int) -> Work:
     if s.context.rotates:
         products += 2.0 * runs * s.N * s.H**2 + 4.0 * weights * s.H
         products += 2.0 * min(E, PROOF_TOKENS * k) * P * s.H * M * s.H
+    read = 2.0 * runs * s.shards * s.stream + 2 * min(E, PROOF_TOKENS * k) * P * s.H * M
     widest = max((I for _, I in quantized), default=s.H)
     rows = max((O for O, I in quantized if I == widest), default=0)
     return Work(
         products,
         passes=runs * s.shards * (24.0 * weights + 40 * s.stream) + sum(24.0 * s.N * I for _, I in quantized),
         quantized=tuple((I, 1, O) for O, I in quantized),
-        memory=16 * weights + 10 * s.stream + 64 * widest**2 + 24 * rows * widest,
+        calls=100 * runs * s.shards,
+        read=read,
+        memory=16 * weights + 10 * s.stream + 64 * widest**2 + 24 * rows * widest + s.scratch(rows * widest),
         result=s.packed(layer)[0] + (8 * s.H**2 if E else 0),
     )
 
@@ -330,7 +349,13 @@ def _route(s: _Sizes, layer: int) -> Work:
     forward, k = _forward(s, layer, experts=False), s.experts(layer)[1]
     rotating = 2.0 * s.n * s.H**2 if s.context.rotates else 0.0
     result = 2 * s.stream + 8 * s.n * k
-    return Work(2 * forward.products + rotating, 2 * forward.passes, memory=1.5 * forward.memory, result=result)
+    return Work(
+        2 * forward.products + rotating,
+        2 * forward.passes,
+        read=2 * forward.read,
+        memory=1.5 * forward.memory,
+        result=result,
+    )
 
 
 def _experts(s: _Sizes, layer: int, start: int, stop: int) -> Work:
@@ -348,26 +373,48 @@ def _experts(s: _Sizes, layer: int, start: int, stop: int) -> Work:
             (I, count, count * O) for I, O, scheme in ((s.H, (P - 1) * M, outer), (M, s.H, inner)) if scheme is not None
         ),
         calls=60 * count * s.shards,
-        memory=count * (16 * expert + 32 * s.H**2) + 56 * s.H**2 + 24 * tokens / count * (s.H + M),
+        read=4.0 * s.shards * s.stream + 2 * count * expert,
+        memory=count * (16 * expert + 32 * s.H**2)
+        + 56 * s.H**2
+        + 24 * tokens / count * (s.H + M)
+        + s.scratch(count * expert),
         result=count * s.packed(layer)[1],
+    )
+
+
+def _sensitivity(s: _Sizes, layer: int) -> Work:
+    """The teacher once more, and a few rows of each expert's matrices clustered at every width."""
+    forward, (E, _, M, P) = _forward(s, layer, experts=True), s.experts(layer)
+    rotating = 2.0 * (s.N + E * P * M) * s.H**2 if s.context.rotates else 0.0
+    clustering = 24e3 * E * len(BITS) * (s.H + M)
+    return Work(
+        s.shards * forward.products + rotating,
+        s.shards * forward.passes + clustering,
+        calls=s.shards * forward.calls,
+        memory=forward.memory + 8 * s.H**2,
+        result=16 * len(BITS) * E,
     )
 
 
 def _layer(s: _Sizes, layer: int) -> Work:
     rest, expert = s.packed(layer)
     size = rest + expert * s.experts(layer)[0]
-    return Work(passes=6 * size, memory=2 * size, result=size)
+    return Work(passes=6 * size, memory=2 * size, result=size)  # on the host
 
 
 def _student(s: _Sizes, layer: int) -> Work:
     forward = _forward(s, layer, experts=True)
-    return replace(forward, calls=3 * forward.calls)  # packed matrices are read in several parts each
+    rest, expert = s.packed(layer)
+    read = s.stream + rest + expert * s.experts(layer)[0]
+    return replace(forward, calls=2 * forward.calls, read=read)  # packed matrices come in several parts
 
 
 WORK: dict[str, Callable[..., Work]] = {
     "embed": lambda s, shard: _embed(s),
     "teacher": lambda s, layer, shard: _teacher(s, layer),
     "rotation": _rotation,
+    "sensitivity": _sensitivity,
+    "allocation": lambda s: Work(result=2.0 * sum(e.num_experts for e in s.context.experts_by_layer.values())),
     "ends": _ends,
     "enter": lambda s, shard: _embed(s),
     "dense": _dense,
@@ -395,21 +442,27 @@ def measure_rates(context: Context) -> Rates:
         quantizing = {I: _seconds_to_quantize(context, I, generator) for I in widths}
     finally:
         torch.set_num_threads(threads)
-    return Rates(product, copy, quantizing)
+    if device.type == "cpu":
+        return Rates(product, copy, quantizing)
+    return Rates(product, copy, quantizing, GPU_READ, GPU_WRITE)
 
 
 def _seconds_to_quantize(context: Context, I: int, generator: torch.Generator) -> tuple[float, float]:
-    """Per Hessian and per row, from two random matrices of different height."""
+    """Per Hessian and per row, from two stacks of random matrices of different height."""
     x = torch.randn(2 * I, I, generator=generator).to(context.device)
-    moments = Moments(x.T @ x / len(x), x.T @ x / len(x))
+    moment = (x.T @ x / len(x)).unsqueeze(0)
 
-    def seconds(rows: int) -> float:
-        weight = torch.randn(1, rows, I, generator=generator).to(context.device)
-        return _best(lambda: quantize(context, context.config.default, weight, moments), context.device, repeats=3)
+    def seconds(hessians: int, rows: int) -> float:
+        weight = torch.randn(hessians, rows, I, generator=generator).to(context.device)
+        moments = Moments(*(moment.expand(hessians, -1, -1).clone() for _ in range(2)))
+        scheme = context.config.default
+        return _best(lambda: quantize(context, scheme, weight, moments), context.device, repeats=3) / hessians
 
-    few, many = (seconds(rows) for rows in SAMPLE_ROWS)
-    row = max(0.0, many - few) / (SAMPLE_ROWS[1] - SAMPLE_ROWS[0])
-    return max(0.0, few - SAMPLE_ROWS[0] * row), row
+    samples = SAMPLES[context.device.type]
+    few, many = (seconds(*sample) for sample in samples)
+    (_, low), (_, high) = samples
+    row = max(0.0, many - few) / (high - low)
+    return max(0.0, few - low * row), row
 
 
 def quantized_widths(context: Context) -> set[int]:

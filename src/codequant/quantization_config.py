@@ -4,14 +4,16 @@
      "activation_clip": 1.0, "ignore": ["lm_head", "*.mlp.gate"],
      "overrides": [{"modules": "*.experts.*.down_proj", "activation_bits": 16}]}
 
-Patterns are shell globs (`*` also crosses dots) against the checkpoint's module names, per expert
-(`model.layers.0.mlp.experts.3.down_proj`). A linear layer, router or expert matrix that no `ignore` pattern matches is
-quantized; overrides are applied in order, later ones win (so they are a list: transformers writes objects with sorted
-keys). Norms and embeddings are never quantized.
+`modules` is a pattern or a list of them. Patterns are shell globs (`*` also crosses dots) against the checkpoint's
+module names, per expert (`model.layers.0.mlp.experts.3.down_proj`). A linear layer, router or expert matrix that no
+`ignore` pattern matches is quantized; overrides are applied in order, later ones win (so they are a list: transformers
+writes objects with sorted keys). Norms and embeddings are never quantized.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from codequant.errors import InputError
@@ -53,11 +55,26 @@ class QuantizationConfig:
         """The scheme of a module by its checkpoint name, or None where it stays in the source's precision."""
         if any(fnmatchcase(module, pattern) for pattern in self.ignore):
             return None
+        exact, patterns = self._places
+        places = [place for pattern, place in patterns.items() if fnmatchcase(module, pattern)]
+        places += [exact[module]] if module in exact else []
         scheme = self.default
-        for pattern, changes in self.overrides.items():
-            if fnmatchcase(module, pattern):
-                scheme = replace(scheme, **changes)
+        for place in sorted(places):
+            scheme = replace(scheme, **self._changes[place])
         return scheme
+
+    @cached_property
+    def _changes(self) -> list[dict[str, Any]]:
+        return list(self.overrides.values())
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Where each override stands: of whole names, of which there may be one for each of thousands of experts, and
+        of patterns."""
+        found: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        for place, pattern in enumerate(self.overrides):
+            found[any(character in pattern for character in "*?[")][pattern] = place
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,7 +82,11 @@ class QuantizationConfig:
             "format": FORMAT,
             **asdict(self.default),
             "ignore": list(self.ignore),
-            "overrides": [{"modules": pattern, **changes} for pattern, changes in self.overrides.items()],
+            "overrides": [
+                {"modules": patterns if len(patterns) > 1 else patterns[0], **self.overrides[patterns[0]]}
+                for _, run in groupby(self.overrides, key=self.overrides.__getitem__)
+                for patterns in [list(run)]
+            ],
         }
 
     @classmethod
@@ -78,11 +99,14 @@ class QuantizationConfig:
             raise InputError(f"format: {version!r}, expected {FORMAT}; this codequant reads no other version")
         known = {f.name for f in fields(Scheme)}
         ignore = tuple(values.pop("ignore", ()))
-        overrides = {}
+        overrides: dict[str, dict[str, Any]] = {}
         for i, entry in enumerate(values.pop("overrides", ())):
             if not isinstance(entry, dict) or "modules" not in entry:
                 raise InputError(f"overrides[{i}]: {entry!r}, expected an object with a pattern 'modules'")
-            overrides[entry["modules"]] = {key: value for key, value in entry.items() if key != "modules"}
+            modules = entry["modules"] if isinstance(entry["modules"], list) else [entry["modules"]]
+            if not all(isinstance(pattern, str) for pattern in modules):
+                raise InputError(f"overrides[{i}].modules: {entry['modules']!r}, expected a pattern or a list of them")
+            overrides |= {pattern: {k: v for k, v in entry.items() if k != "modules"} for pattern in modules}
         for where, keys in [("quantization_config", values), *((f"overrides[{p!r}]", c) for p, c in overrides.items())]:
             for key in keys:
                 if key not in known:

@@ -53,6 +53,13 @@ class Permutation(Stage):
 
 class Weights(Stage):
     bits: Bits = 4
+    target_bits: float | None = Field(
+        None,
+        ge=2,
+        le=4,
+        description="average over all quantized matrices: experts get 2, 3 or 4 bits by what those cost the model, "
+        "other matrices `bits`",
+    )
     group_size: int = Field(-1, description="input channels that share a codebook; -1: a whole row")
     method: Literal["hessian", "weighted", "kmeans", "rtn"] = "hessian"
     coverage: Literal["all", "normed-inputs"] = Field(

@@ -445,8 +445,11 @@ class SourceModel:
         first = "gate_up_proj" if self._experts_module(layer).has_gate else "up_proj"
         return [(f"{prefix}{first}", False), (f"{prefix}down_proj", True)]
 
-    def expert_tensors(self, layer: int, experts: slice, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """A run of a layer's experts in canonical layout: gate_up [n, 2M, H], down [n, H, M] and their biases."""
+    def expert_tensors(
+        self, layer: int, experts: slice, dtype: torch.dtype | None = torch.float32
+    ) -> dict[str, Tensor]:
+        """A run of a layer's experts in canonical layout: gate_up [n, 2M, H], down [n, H, M] and their biases; None:
+        as they are stored."""
         structure = describe_experts("experts", self._experts_module(layer))
         tensors = {}
         for key, (name, _) in zip(("gate_up", "down"), self.expert_matrices(layer)):

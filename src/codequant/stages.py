@@ -4,6 +4,8 @@ STAGES = {
     "embed": "reading the source",
     "teacher": "running the source",
     "rotation": "learning the rotation",
+    "sensitivity": "measuring what bits are worth",
+    "allocation": "giving out bits",
     "ends": "rotating embedding and head",
     "enter": "starting the quantized model",
     "dense": "quantizing attention",

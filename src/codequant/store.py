@@ -106,11 +106,6 @@ class Store:
         with safe_open(self.path(key), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, no mapping
 
-    def read_part(self, key: str, name: str, index: tuple) -> Tensor:
-        """One tensor of a result, or a slice of it."""
-        with safe_open(self.path(key), "pt") as file:
-            return (file.get_slice(name)[index] if index else file.get_tensor(name)).clone()
-
     def read_one(self, key: str, name: str) -> Tensor:
         return self.read(key, name)[name]
 

@@ -108,7 +108,7 @@ def link(source: Path, target: Path) -> None:
 
 def output_config(context: Context) -> dict[str, Any]:
     config = json.loads((context.source.folder / "config.json").read_text())
-    config["quantization_config"] = context.config.to_dict()
+    config["quantization_config"] = context.output_config().to_dict()
     config["tie_word_embeddings"] = False  # the head carries the final norm's gain
     return config
 
@@ -129,8 +129,10 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
             layer["finetuning"] |= {str(expert): result for expert, result in info["finetuning"].items()}
     for key, info in ledger.infos("student."):
         layers[key.split(".")[1]].setdefault("differences", []).append(info["difference"])
-    rotation = next((info for _, info in ledger.infos("rotation")), None)
-    return {"layers": {str(int(name[1:])): layer for name, layer in layers.items()}, "rotation": rotation}
+    found: dict[str, Any] = {"layers": {str(int(name[1:])): layer for name, layer in layers.items()}}
+    for name in ("rotation", "allocation"):
+        found[name] = next((info for _, info in ledger.infos(name)), None)
+    return found
 
 
 def timings(ledger: Ledger) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Time and peak memory of a run against the number of layers and of workers, beside what `plan` predicts.
+"""Time and peak memory of a run against the number of layers and of workers, beside what `plan` predicts; and of the
+same units on Ray.
 
 Sources are synthetic: random weights of the wanted shapes, written a tensor at a time. Every run is a process of its
 own, so that the peak is the run's.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -49,6 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LAYERS = "2,4,8"
 WORKERS = "1,2"
+EXECUTORS = "local"
 SETTINGS = ("calibration.windows=16", "calibration.length=128", "rotation.steps=20")
 _RUN = """
 import json, resource, sys, time
@@ -114,24 +117,31 @@ def measure(**arguments: Any) -> dict[str, Any]:
 
 
 def run(
-    shape: str, layers: Sequence[int], workers: Sequence[int], settings: Sequence[str], folder: Path | None = None
+    shape: str,
+    layers: Sequence[int],
+    workers: Sequence[int],
+    settings: Sequence[str],
+    folder: Path | None = None,
+    executors: Sequence[str] = (EXECUTORS,),
 ) -> Iterator[dict[str, Any]]:
-    """One row per number of layers and of workers. Sources and outputs go to a temporary folder inside `folder`.
+    """One row per number of layers, of workers and executor. Sources and outputs go to a temporary folder in `folder`.
 
-    worker_seconds are processor seconds of all units: unlike `seconds`, other processes hardly disturb them.
+    worker_seconds are processor seconds of all units: unlike `seconds`, other processes hardly disturb them. The peak
+    is that of the process that was called: with Ray, not of the workers.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="codequant-bench-") as place:
         for count in layers:
             source = write_checkpoint(Path(place) / f"source-{count}", synthetic_config(shape, count))
-            for number in workers:
+            for number, executor in itertools.product(workers, executors):
                 plan = plan_run(source, overrides=list(settings), workers=number)
-                out = Path(place) / f"out-{count}-{number}"
-                numbers = measure(source=source, out=out, overrides=list(settings), workers=number)
+                out = Path(place) / f"out-{count}-{number}-{executor}"
+                numbers = measure(source=source, out=out, overrides=list(settings), workers=number, executor=executor)
                 shutil.rmtree(out)
                 yield {
                     "shape": shape,
                     "layers": count,
                     "workers": number,
+                    "executor": executor,
                     **numbers,
                     "planned_seconds": plan.seconds,
                     "planned_worker_seconds": plan.worker_seconds,
@@ -141,13 +151,16 @@ def run(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    found = Table("shape", "layers", "workers", "seconds", "worker seconds", "planned", "peak MiB", "planned", box=None)
+    found = Table(
+        *("shape", "layers", "workers", "executor", "seconds", "worker seconds", "planned", "peak MiB", "planned"),
+        box=None,
+    )
     for r in rows:
         numbers = (r["seconds"], r["worker_seconds"], r["planned_worker_seconds"])
         sizes = (r["peak_bytes"] / 2**20, r["planned_bytes"] / 2**20)
         found.add_row(
             r["shape"],
-            *map(str, (r["layers"], r["workers"])),
+            *map(str, (r["layers"], r["workers"], r["executor"])),
             *(f"{n:.1f}" for n in numbers),
             *(f"{n:.0f}" for n in sizes),
         )
@@ -159,12 +172,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--layers", default=LAYERS, help="numbers of layers, comma-separated")
     parser.add_argument("--workers", default=WORKERS, help="numbers of workers, comma-separated")
+    parser.add_argument("--executors", default=EXECUTORS, help="local, ray or both, comma-separated")
     parser.add_argument("--set", action="append", default=None, dest="settings", help="recipe field: stage.key=value")
     parser.add_argument("--folder", type=Path, help="where sources and outputs go for a while")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args(arguments)
     layers, workers = ([int(n) for n in text.split(",")] for text in (a.layers, a.workers))
-    rows = list(run(a.shape, layers, workers, a.settings or SETTINGS, a.folder))
+    rows = list(run(a.shape, layers, workers, a.settings or SETTINGS, a.folder, a.executors.split(",")))
     Console().print(table(rows))
     if a.json:
         a.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

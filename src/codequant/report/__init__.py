@@ -107,6 +107,10 @@ def tiles(inspection: Inspection, evaluation: dict[str, Any] | None) -> list[Til
         quantized = sum(kind.parameters for kind in inspection.kinds if kind.scheme is not None)
         share = f"{quantized / inspection.parameters:.0%} of {charts.plain(inspection.parameters)} parameters"
         found.insert(1, ("bits where quantized", f"{inspection.bits_per_quantized_weight:.2f}", share))
+    if (allocation := inspection.provenance.get("allocation")) is not None:
+        total = sum(allocation["weights"].values())
+        shares = ", ".join(f"{weights / total:.0%} at {bits}" for bits, weights in allocation["weights"].items())
+        found.append(("bits given out", f"{allocation['average']:.2f}", f"of experts' weights, {shares} bits"))
     if evaluation is not None:
         perplexity, reference = evaluation["perplexity"], evaluation.get("reference_perplexity")
         change = "" if reference is None else f"{perplexity / reference - 1:+.2%} against {reference:.3f}"

@@ -3,6 +3,8 @@
     embed(w)          token windows -> hidden states of the source model (the teacher)
     teacher(l, w)     one layer of the teacher, and samples of its normed residual
     rotation          R from the samples
+    sensitivity(l)    what a layer's experts cost the model at 2, 3 and 4 bits, where the recipe has a target for them
+    allocation        the bits of every expert
     ends              embedding, final norm and head in the new basis
     enter(w)          token windows -> hidden states of the quantized model (the student)
     dense(l)          quantize a layer's attention, shared experts and dense matrices
@@ -25,6 +27,7 @@ import torch
 from codequant.executor import Unit, measure
 from codequant.store import Record
 from codequant.units.context import (
+    ALLOCATION,
     WINDOWS,
     Context,
     Result,
@@ -33,10 +36,12 @@ from codequant.units.context import (
     hidden_key,
     layer_key,
     route_key,
+    sensitivity_key,
 )
 from codequant.units.dense import dense
 from codequant.units.ends import ends, enter, learn_rotation
 from codequant.units.experts import experts, route
+from codequant.units.sensitivity import allocation, sensitivity
 from codequant.units.student import layer, student
 from codequant.units.teacher import embed, teacher
 
@@ -46,6 +51,8 @@ FUNCTIONS: dict[str, Callable[..., Result]] = {
     "embed": embed,
     "teacher": teacher,
     "rotation": learn_rotation,
+    "sensitivity": sensitivity,
+    "allocation": allocation,
     "ends": ends,
     "enter": enter,
     "dense": dense,
@@ -70,6 +77,14 @@ def graph(context: Context) -> list[Unit]:
         samples = tuple(hidden_key("teacher", l + 1, w) for l in layers for w in shards)
         units.append(Unit("rotation", "rotation", needs=samples, keep=True))
         basis = ("rotation",)
+    bits: tuple[str, ...] = ()
+    if context.allocates:
+        for l in context.experts_by_layer:
+            both = tuple(hidden_key("teacher", depth, w) for depth in (l, l + 1) for w in shards)
+            units.append(Unit(sensitivity_key(l), "sensitivity", {"layer": l}, (*basis, *both)))
+        measured = tuple(sensitivity_key(l) for l in context.experts_by_layer)
+        units.append(Unit(ALLOCATION, "allocation", needs=measured, keep=True))
+        bits = (ALLOCATION,)
     units.append(Unit("ends", "ends", needs=basis, keep=True))
     streams = ("teacher",) if context.calibrates_on_source else ("teacher", "student")
     if "student" in streams:
@@ -91,7 +106,7 @@ def graph(context: Context) -> list[Unit]:
             routed = tuple(route_key(l, w) for w in shards)
             for s, run in enumerate(runs):
                 arguments = {"layer": l, "start": run.start, "stop": run.stop}
-                units.append(Unit(experts_key(l, s), "experts", arguments, (*basis, dense_key(l), *routed)))
+                units.append(Unit(experts_key(l, s), "experts", arguments, (*basis, *bits, dense_key(l), *routed)))
                 parts.append(experts_key(l, s))
         units.append(Unit(layer_key(l), "layer", {"layer": l}, tuple(parts), keep=True))
         if "student" in streams and l + 1 < len(layers):

@@ -1,6 +1,7 @@
 """What every unit may use: the source model, the recipe, and the results of other units."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +12,18 @@ from codequant.folding import fold_layer, gain_of, head_blocks, mix_pair, rotate
 from codequant.hadamard import hadamard_matrix
 from codequant.quantization_config import QuantizationConfig, Scheme
 from codequant.recipe import Recipe
-from codequant.schemes import quantization_config
+from codequant.schemes import matrices, quantization_config
 from codequant.source import SourceModel
 from codequant.store import Store
-from codequant.structure import ChannelPair
+from codequant.structure import ChannelPair, ExpertsStructure
 from codequant.working_layer import WorkingLayer
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what the report shows
-# Second moments and weights of one shard of experts. A GPU runs one shard at a time and wants it large: its sweeps over
-# columns take as long for one expert as for dozens.
-SHARD_BYTES = {"cpu": 384 << 20, "cuda": 6 << 30}
+# Second moments and weights of one shard of experts. A GPU wants it large, because its sweeps over columns take as long
+# for one expert as for several; 16 experts of Qwen3-30B-A3B fill it as well as 32, and leave room for a second worker.
+SHARD_BYTES = {"cpu": 384 << 20, "cuda": 3 << 30}
 MIN_SHARDS = 4  # per layer, so that small layers too keep several workers busy
+ALLOCATION = "allocation"  # key of the unit that gives every expert its bits
 WINDOWS = "calibration"  # key of the token windows, int32 [N, T]
 
 
@@ -44,6 +46,15 @@ def route_key(layer: int, shard: int) -> str:
     return f"route.l{layer:03d}.w{shard:03d}"
 
 
+def sensitivity_key(layer: int) -> str:
+    return f"sensitivity.l{layer:03d}"
+
+
+def bits_name(layer: int) -> str:
+    """Of a tensor in the result of `allocation`."""
+    return f"bits.l{layer:03d}"
+
+
 def experts_key(layer: int, shard: int) -> str:
     return f"experts.l{layer:03d}.s{shard:03d}"
 
@@ -56,7 +67,54 @@ class Context:
 
     @cached_property
     def config(self) -> QuantizationConfig:
+        """How every matrix is quantized, but for the experts' own bits where the recipe gives a target for them."""
         return quantization_config(self.source, self.recipe)
+
+    @property
+    def allocates(self) -> bool:
+        return self.recipe.weights.target_bits is not None
+
+    def output_config(self) -> QuantizationConfig:
+        """`config` with the bits that every expert got."""
+        if not self.allocates:
+            return self.config
+        own: dict[str, int] = {}
+        for layer in self.experts_by_layer:
+            bits = self.expert_bits(layer, slice(None))
+            for k, (parameter, _) in enumerate(self.source.expert_matrices(layer)):
+                if self.experts_scheme(layer, inner=bool(k)) is not None:
+                    for entry in self.source.sources[parameter]:
+                        own[entry.module] = bits[int(entry.index[0]) if entry.index else 0][k]  # type: ignore[arg-type]
+        changed = {module: {"bits": b} for module, b in own.items() if b != self.config.default.bits}
+        by_bits = dict(sorted(changed.items(), key=lambda item: item[1]["bits"]))
+        return replace(self.config, overrides=self.config.overrides | by_bits)
+
+    def expert_bits(self, layer: int, chosen: slice) -> list[tuple[int, int]]:
+        """Bits of gate_up and of down, for each expert of a run."""
+        if not self.allocates:
+            return [(self.recipe.weights.bits,) * 2] * len(range(self.experts_by_layer[layer].num_experts)[chosen])
+        return [tuple(b) for b in self.store.read_one(ALLOCATION, bits_name(layer))[chosen].tolist()]
+
+    @cached_property
+    def experts_by_layer(self) -> dict[int, ExpertsStructure]:
+        """Of the layers that have experts."""
+        return {l: s.experts for l, s in enumerate(self.source.structures) if s.experts is not None}
+
+    def expert_size(self, layer: int) -> tuple[int, int]:
+        """Weights in one expert's gate_up and in its down."""
+        structure = self.experts_by_layer[layer]
+        one = self.source.hidden_size * structure.intermediate
+        return (2 if structure.has_gate else 1) * one, one
+
+    def quantized_weights(self) -> tuple[int, int]:
+        """Weights in the quantized matrices of all experts, and in all other quantized matrices."""
+        experts = 0
+        for layer, structure in self.experts_by_layer.items():
+            for k, size in enumerate(self.expert_size(layer)):
+                if self.experts_scheme(layer, inner=bool(k)) is not None:
+                    experts += structure.num_experts * size
+        others = (m for m in matrices(self.source) if not m.is_expert and self.config.scheme(m.module) is not None)
+        return experts, sum(m.out_features * m.in_features for m in others)
 
     @cached_property
     def arguments(self) -> list[dict[str, Any]]:
@@ -179,7 +237,8 @@ class Context:
         return self.rotation if self.source.structures[layer].experts_norm is not None else None
 
     def experts_scheme(self, layer: int, inner: bool) -> Scheme | None:
-        """How a layer's experts read their input (inner: their intermediate); the same for all experts of a layer."""
+        """How a layer's experts read their input (inner: their intermediate); the same for all experts of a layer, but
+        for the bits of their weights where the recipe gives a target for those (`expert_bits`)."""
         name, _ = self.source.expert_matrices(layer)[int(inner)]
         return self.config.scheme(self.source.sources[name][0].module)
 

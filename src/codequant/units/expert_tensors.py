@@ -5,7 +5,7 @@ up rows in turn and matrices transposed). Of the latter, a shard of experts hold
 Packed tensors are never transposed: their rows are output channels whatever the checkpoint does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,19 +14,25 @@ from codequant.checkpoint_names import Source as TensorSource
 from codequant.packing import SUFFIXES, PackedWeight, unpack
 from codequant.structure import ExpertsStructure
 from codequant.units.context import Context
-from codequant.units.matrices import packed_tensors, stored
+from codequant.units.matrices import packed_one, packed_tensors, stored
+from codequant.weight_quantization import QuantizedWeight
 
 
 def packed_experts(
-    context: Context, layer: int, parameter: str, chosen: slice, weight: PackedWeight
+    context: Context, layer: int, parameter: str, chosen: slice, quantized: QuantizedWeight, bits: Sequence[int]
 ) -> dict[str, Tensor]:
-    """A run of experts' packed matrices [n, O, ...] by checkpoint name."""
+    """A run of experts' packed matrices, each at its own bits, by checkpoint name. Those of one tensor share theirs."""
+    weights = [packed_one(quantized, e, width) for e, width in enumerate(bits)]
     tensors: dict[str, Tensor] = {}
     for entry, index in places(context, parameter, chosen):
+        own = weights[index[0] : index[0] + 1] if index else weights
         packed, codebook, step = (
-            _to_checkpoint(context, layer, parameter, getattr(weight, s))[index] for s in SUFFIXES
+            _to_checkpoint(context, layer, parameter, torch.stack([getattr(w, s) for w in own]))[
+                (0, *index[1:]) if index else ()
+            ]
+            for s in SUFFIXES
         )
-        tensors |= packed_tensors(entry.name, PackedWeight(packed, codebook, step, weight.in_features))
+        tensors |= packed_tensors(entry.name, PackedWeight(packed, codebook, step, own[0].in_features))
     return tensors
 
 
@@ -38,23 +44,26 @@ def plain_experts(context: Context, layer: int, parameter: str, chosen: slice, t
     return {e.name: stored(context, e.name, tensor[index]) for e, index in places(context, parameter, chosen)}
 
 
-def read_expert(context: Context, layer: int, key: str, parameter: str, expert: int, in_features: int | None) -> Tensor:
-    """One expert's matrix [1, O, I] (bias [1, O]) in float32 from a finished layer; in_features: where it is packed."""
+def read_expert(
+    context: Context, layer: int, saved: dict[str, Tensor], parameter: str, expert: int, in_features: int | None
+) -> Tensor:
+    """One expert's matrix [1, O, I] (bias [1, O]) in float32 from a finished layer's tensors; in_features: where it is
+    packed."""
     rows: list[Tensor] = []
     for entry, _ in places(context, parameter, slice(expert, expert + 1)):
-        index = () if entry.index else (slice(expert, expert + 1),)
+        index = None if entry.index else slice(expert, expert + 1)  # of a tensor that is the expert's own, or all's
         if in_features is None:
-            part = context.store.read_part(key, entry.name, index).float()
+            part = saved[entry.name][index].float()
         else:
-            packed, codebook, step = (context.store.read_part(key, f"{entry.name}_{s}", index) for s in SUFFIXES)
+            packed, codebook, step = (saved[f"{entry.name}_{suffix}"][index] for suffix in SUFFIXES)
             part = unpack(PackedWeight(packed, codebook, step, in_features))
-        rows.append(part if index else part[None])
+        rows.append(part)
     tensor = torch.cat(rows, dim=1)
     if in_features is None and tensor.ndim == 3 and _flags(context, layer).is_transposed:
         tensor = tensor.transpose(1, 2)
     if _interleaves(context, layer, parameter):
         tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
-    return tensor.to(context.device)
+    return tensor
 
 
 def join(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Quantize a layer's experts, a shard at a time, on the tokens that the quantized model routes to them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from codequant.folding import rotate_rows
 from codequant.hadamard import hadamard_transform
 from codequant.permutation import group_order, move_columns, move_rows
 from codequant.quantization_config import Scheme
-from codequant.units.context import Context, Result, dense_key
+from codequant.units.context import Context, Result, dense_key, to_device
 from codequant.units.expert_tensors import packed_experts, places, plain_experts
-from codequant.units.matrices import finished_dense, packed, quantize, reorder_rows
+from codequant.units.matrices import finished_dense, quantize_each, reorder_rows
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
 from codequant.units.teacher import read_experts
 from codequant.units.tuning import tune_experts
@@ -46,6 +47,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
     outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
     first, second = (name for name, _ in context.source.expert_matrices(layer))
     found: dict[str, QuantizedWeight] = {}
+    bits = dict(zip(("gate_up", "down"), zip(*context.expert_bits(layer, chosen))))
 
     sums = input_sums(context, layer, start, count, outer)
     starved = {e for e in range(count) if sums[e].tokens < context.recipe.weights.min_expert_tokens}
@@ -55,7 +57,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
         moments = stack(
             [everything if e in starved else mixed(s.mean(), everything, share) for e, s in enumerate(sums)]
         )
-        found["gate_up"] = quantize(context, outer, own["gate_up"], moments)
+        found["gate_up"] = quantize_each(context, outer, own["gate_up"], moments, bits["gate_up"])
         del everything, moments
     tokens = [s.tokens for s in sums]
     del sums
@@ -67,7 +69,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
             order = group_order(own["down"], diagonal, inner.group_size, inner.bits, threads=1)  # [n, M]
             own["down"], moments = move_columns(own["down"], order), moments.moved(order)
             move_intermediate(own, found, torch.cat((order, order + structure.intermediate), dim=-1))
-        found["down"] = quantize(context, inner, own["down"], moments)
+        found["down"] = quantize_each(context, inner, own["down"], moments, bits["down"])
     info: dict[str, Any] = {"tokens": {start + e: n for e, n in enumerate(tokens)}, "errors": {}}
     info["starved"] = sorted(start + e for e in starved)
     if context.recipe.finetuning.epochs and found:
@@ -76,7 +78,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
     result: dict[str, Tensor] = {}
     for name, key in ((first, "gate_up"), (second, "down")):
         if key in found:
-            result |= packed_experts(context, layer, name, chosen, packed(found[key]))
+            result |= packed_experts(context, layer, name, chosen, found[key], bits[key])
             info["errors"] |= errors_of(context, name, chosen, found[key])
         else:
             result |= plain_experts(context, layer, name, chosen, own[key])
@@ -94,12 +96,25 @@ def all_token_moments(context: Context, layer: int) -> Moments:
 def input_sums(context: Context, layer: int, start: int, count: int, scheme: Scheme | None) -> list[Sums]:
     """What each of `count` experts from `start` on reads, over the tokens that are routed to it."""
     sums = [Sums.zeros(context.source.hidden_size, context.device) for _ in range(count)]
-    for batch in context.routed_batches(layer):
-        for e in range(count):
-            token = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)[0]
-            x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
-            sums[e].add(as_read(x, scheme), source_x)
+    for batch in routed_batches(context, layer):
+        for e, (token, _) in enumerate(pairs_by_expert(batch["top_k_index"], start, count)):
+            sums[e].add(as_read(batch["x"][token], scheme), batch["source_x"][token])
     return sums
+
+
+def routed_batches(context: Context, layer: int) -> Iterator[dict[str, Tensor]]:
+    """The results of `route` on the device, which picks tokens faster than it could be sent them; on a CPU they stay
+    mapped, and only what is picked is read."""
+    return (to_device(batch, context.device) for batch in context.routed_batches(layer))
+
+
+def pairs_by_expert(top_k_index: Tensor, start: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """(token, slot) of the pairs that top_k_index [N, k] sends to each of `count` experts from `start` on, by token."""
+    token, slot = ((top_k_index >= start) & (top_k_index < start + count)).nonzero(as_tuple=True)
+    expert = top_k_index[token, slot] - start
+    order = expert.argsort(stable=True)
+    sizes = expert.bincount(minlength=count).tolist()
+    return list(zip(token[order].split(sizes), slot[order].split(sizes)))
 
 
 def intermediate_sums(
@@ -112,16 +127,15 @@ def intermediate_sums(
     apply_gate, bias = context.apply_gate(layer), own.get("gate_up_bias")
     count, intermediate = len(gate_up), own["down"].shape[-1]
     sums = [Sums.zeros(intermediate, context.device) for _ in range(count)]
-    for shard, batch in enumerate(context.routed_batches(layer)):
-        for e in range(count):
-            token, slot = (batch["top_k_index"] == start + e).nonzero(as_tuple=True)
-            share: Tensor | None = batch["top_k_weights"][token, slot, None].to(context.device)
+    for shard, batch in enumerate(routed_batches(context, layer)):
+        for e, (token, slot) in enumerate(pairs_by_expert(batch["top_k_index"], start, count)):
+            share: Tensor | None = batch["top_k_weights"][token, slot, None]
             if e in starved:
                 if shard > 0:  # one shard of windows is plenty for an expert that hardly any token reaches
                     continue
-                token, share = torch.arange(len(batch["x"])), None
+                token, share = torch.arange(len(batch["x"]), device=context.device), None
             row_bias = None if bias is None else bias[e]
-            x, source_x = (batch[name][token].to(context.device) for name in ("x", "source_x"))
+            x, source_x = batch["x"][token], batch["source_x"][token]
             hidden = apply_gate(F.linear(as_read(x, outer), gate_up[e], row_bias))
             wanted = apply_gate(F.linear(source_x, own["gate_up"][e], row_bias))
             sums[e].add(as_read(hidden, inner), hadamard_transform(wanted) if inner.hadamard else wanted, share)

@@ -1,9 +1,12 @@
 """Quantize folded matrices and name their tensors; read them back as the runtime will."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from codequant.hadamard import hadamard_transform
 from codequant.packing import SUFFIXES, PackedWeight, pack, unpack
@@ -34,6 +37,28 @@ def quantize(context: Context, scheme: Scheme, weight: Tensor, moments: Moments)
     return quantize_weight(weight, moments.hessian, target, options, threads=1)
 
 
+def quantize_each(
+    context: Context, scheme: Scheme, weight: Tensor, moments: Moments, bits: Sequence[int]
+) -> QuantizedWeight:
+    """`quantize` with each matrix at its own bits. All codebooks have room for the most: a narrower one ends in zeros
+    that no index reaches."""
+    widths = sorted(set(bits))
+    if len(widths) == 1:
+        return quantize(context, replace(scheme, bits=widths[0]), weight, moments)
+    runs = [[b for b, own in enumerate(bits) if own == width] for width in widths]
+    found = [
+        quantize(context, replace(scheme, bits=width), weight[run], moments.of(run)) for width, run in zip(widths, runs)
+    ]
+    back = torch.tensor([b for run in runs for b in run], device=weight.device).argsort()
+    room = found[-1].codebook.shape[-1]
+    return QuantizedWeight(
+        torch.cat([q.indices for q in found])[back],
+        torch.cat([F.pad(q.codebook, (0, room - q.codebook.shape[-1])) for q in found])[back],
+        torch.cat([q.step for q in found])[back],
+        torch.cat([q.error for q in found])[back],
+    )
+
+
 def split_rows(quantized: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
     """Runs of rows; the error stays that of the whole."""
     parts = zip(*(t.split(rows, dim=1) for t in (quantized.indices, quantized.codebook, quantized.step)))
@@ -50,6 +75,11 @@ def packed(quantized: QuantizedWeight) -> PackedWeight:
     return pack(quantized.indices, quantized.codebook, quantized.step)
 
 
+def packed_one(quantized: QuantizedWeight, index: int, bits: int) -> PackedWeight:
+    """One matrix of a stack whose codebooks may have more room than its bits need."""
+    return pack(quantized.indices[index], quantized.codebook[index, ..., : 2**bits], quantized.step[index])
+
+
 def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of the format that stand for the checkpoint tensor `name`."""
     return {f"{name}_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
@@ -63,7 +93,7 @@ def pick(weight: PackedWeight, index: int) -> PackedWeight:
 def read_packed(context: Context, key: str, module: str, in_features: int) -> PackedWeight:
     names = [f"{module}.weight_{suffix}" for suffix in SUFFIXES]
     saved = context.store.read(key, *names)
-    packed, codebook, step = (saved[name] for name in names)
+    packed, codebook, step = (saved[name].to(context.device) for name in names)
     return PackedWeight(packed, codebook, step, in_features)
 
 
@@ -108,5 +138,5 @@ def finished_dense(context: Context, layer: int, key: str) -> WorkingLayer:
             if (scheme := context.scheme(layer, reader)) is not None:
                 in_features = shapes[f"{reader}.weight"].shape[1]
                 packed = read_packed(context, key, context.module_name(layer, reader), in_features)
-                working.replace(reader, unpack(packed).to(context.device), partial(as_read, scheme=scheme))
+                working.replace(reader, unpack(packed), partial(as_read, scheme=scheme))
     return working

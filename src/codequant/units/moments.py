@@ -24,6 +24,10 @@ class Moments:
         """The same for input channels in the order [..., I]."""
         return Moments(*(move_columns(move_rows(m, order), order) for m in (self.hessian, self.cross)))
 
+    def of(self, run: list[int]) -> "Moments":
+        """Those of some of the matrices in a stack."""
+        return Moments(self.hessian[run], self.cross[run])
+
 
 class _Rounding(torch.autograd.Function):
     """Rounding to integers whose gradient is that of the identity."""

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from codequant.folding import rotate_rows
-from codequant.units.context import Context, Result, dense_key, experts_key, layer_key
+from codequant.units.context import Context, Result, dense_key, experts_key, layer_key, to_device
 from codequant.units.expert_tensors import join, read_expert
 from codequant.units.matrices import finished_dense
 from codequant.units.moments import as_read
@@ -32,9 +32,11 @@ def student(context: Context, layer: int, shard: int) -> Result:
         if structure.has_bias:
             matrices |= {"gate_up_bias": (f"{first}_bias", None), "down_bias": (f"{down}_bias", None)}
 
+        saved = to_device(context.store.map(key), context.device)
+
         def read(expert: int) -> dict[str, Tensor]:
             return {
-                which: read_expert(context, layer, key, parameter, expert, width)
+                which: read_expert(context, layer, saved, parameter, expert, width)
                 for which, (parameter, width) in matrices.items()
             }
 

@@ -73,7 +73,8 @@ def read_experts(
     context: Context, layer: int, experts: slice, gain: Tensor | None, rotation: Tensor | None
 ) -> dict[str, Tensor]:
     """A run of experts in canonical layout and float32, folded."""
-    t = {k: v.to(context.device) for k, v in context.source.expert_tensors(layer, experts).items()}
+    stored = context.source.expert_tensors(layer, experts, None)  # half of the bytes on their way to a GPU
+    t = {k: v.to(context.device).float() for k, v in stored.items()}
     t["gate_up"], t["down"], bias = fold_experts(t["gate_up"], t["down"], t.get("down_bias"), gain, rotation)
     if bias is not None:
         t["down_bias"] = bias

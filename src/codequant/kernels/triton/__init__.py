@@ -4,7 +4,8 @@ layout      the kernels' weight layout          ptx         byte permutations an
 activation  integers from activations           routing     pairs sorted by expert, on the device
 decode      a few tokens, on dp4a               grouped     many tokens, on tensor cores
 combine     sum over a token's experts          dispatch    measured block sizes per GPU generation
-ops         all of it as PyTorch operators      clustering  exact 1-D k-means
+dense       very many tokens, dequantized       ops         all of it as PyTorch operators
+clustering  exact 1-D k-means                   error_feedback  sweeps and refits of weight quantization
 """
 
 from dataclasses import dataclass, replace

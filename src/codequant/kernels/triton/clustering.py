@@ -25,7 +25,7 @@ from codequant.kernels.triton.ptx import reciprocal
 
 COARSE = 8  # boundaries that the first, bounding pass looks at
 _SLACK = tl.constexpr(2e-6)  # of the second moment: rounding of costs that are compared with the bound
-_CHUNK = 2**27  # values at a time: bounds the scratch memory at some 10 GB
+_CHUNK = 2**24  # values at a time: bounds the scratch memory at 2 GB
 
 
 @triton.jit

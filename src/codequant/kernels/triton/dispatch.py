@@ -47,6 +47,18 @@ class LinearConfig:
 
 
 @dataclass(frozen=True)
+class DenseConfig:
+    """When 16-bit activations meet dequantized weights: one pass over the weights against twice the products, and for
+    experts against a few passes over activations, which only long rows are worth."""
+
+    tokens: float  # of an expert on average, or of a matrix
+    columns: int  # of a weight row
+
+    def serves(self, tokens: float, columns: int) -> bool:
+        return tokens >= self.tokens and columns >= self.columns
+
+
+@dataclass(frozen=True)
 class Generation:
     """Configurations of one GPU generation."""
 
@@ -56,6 +68,8 @@ class Generation:
     grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
     linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending batch
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
+    dense_linear: DenseConfig
+    dense_experts: DenseConfig
 
     def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
         """Configuration for expert-sorted blocks."""
@@ -94,8 +108,11 @@ _LINEARS: dict[int, tuple[LinearConfig, ...]] = {
     2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
 }
 _DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
-HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=2048)
-AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, pdl_rows=0)
+# By arithmetic from the rates in docs/LOG.md (lookup products at 310 to 390 TFLOP/s against 380 to 610 in bfloat16, and
+# 4.3 TB/s), on the safe side; these two have not been measured.
+_DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(1024, 0), DenseConfig(1024, 4096)
+HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
+AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, 0, _DENSE_LINEAR, _DENSE_EXPERTS)
 
 
 @cache

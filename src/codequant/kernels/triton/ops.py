@@ -5,14 +5,17 @@ fuses. Which kernel runs is decided inside, by the number of tokens: small batch
 routing (its lists are then left unwritten) and keeps the intermediate in the order of the pairs; larger ones use
 expert-sorted blocks, and the intermediate is in expert order. What is between them must therefore treat rows alike.
 The three must agree on block sizes, so all are told `layer_bits`, the wider of the layer's two activation widths.
+Very many tokens of 16 bits meet dequantized weights, in the same order.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from codequant.kernels.triton.activation import quantize
 from codequant.kernels.triton.combine import combine
 from codequant.kernels.triton.decode import decode
+from codequant.kernels.triton.dense import ALIGNMENT, dense_experts, dequantize, gate, weighted_pairs
 from codequant.kernels.triton.dispatch import WIDE, decodes, generation
 from codequant.kernels.triton.grouped import grouped
 from codequant.kernels.triton.layout import TritonWeight
@@ -29,6 +32,13 @@ def _planes(activation_bits: int) -> int:
     return 2 if activation_bits == 16 else 1
 
 
+def _dense(x: Tensor, weight: TritonWeight, activation_bits: int, tokens_per_expert: float) -> bool:
+    """Whether experts are dequantized: enough half-precision activations, and shapes that the library takes."""
+    aligned = weight.in_features % ALIGNMENT == 0 and weight.out_features % ALIGNMENT == 0
+    enough = generation(x.device).dense_experts.serves(tokens_per_expert, weight.in_features)
+    return activation_bits == 16 and x.itemsize == 2 and aligned and enough
+
+
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())
 def linear(
     x: Tensor, weight: list[Tensor], in_features: int, bias: Tensor | None, activation_bits: int, clip: float
@@ -38,6 +48,8 @@ def linear(
     tokens, pdl = len(x), len(x) <= chip.pdl_rows
     if tokens == 0:
         return x.new_empty(0, w.out_features)
+    if planes == 2 and x.itemsize == 2 and chip.dense_linear.serves(tokens, in_features):
+        return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
     q = quantize(x, w.groups, activation_bits, clip, pdl)
     if decodes(tokens, tokens, 1):
         return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
@@ -83,6 +95,9 @@ def expert_up(
     w, x, chip, planes = _weight(weight, in_features), x.contiguous(), generation(x.device), _planes(activation_bits)
     expert, (tokens, top_k) = expert.contiguous(), expert.shape
     pdl = expert.numel() <= chip.pdl_rows
+    if _dense(x, w, activation_bits, expert.numel() / len(w.words)):
+        lists = Routing(*routing)
+        return gate(dense_experts(x[lists.pair // top_k], w, bias, expert, lists), gated, activation)
     q = quantize(x, w.groups, activation_bits, clip, pdl)
     if decodes(tokens, expert.numel(), len(w.words)):
         return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, pdl)
@@ -115,6 +130,10 @@ def expert_down(
     w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
     expert, pair_weight, (tokens, top_k) = expert.contiguous(), pair_weight.contiguous(), expert.shape
     planes, pdl = _planes(activation_bits), expert.numel() <= chip.pdl_rows
+    if _dense(hidden, w, activation_bits, expert.numel() / len(w.words)):
+        lists = Routing(*routing)
+        y = weighted_pairs(dense_experts(hidden, w, bias, expert, lists), pair_weight, lists)
+        return combine(y, expert, len(w.words), top_k, hidden.dtype, pdl)
     q = quantize(hidden, w.groups, activation_bits, clip, pdl)
     if decodes(tokens, expert.numel(), len(w.words)):
         config = chip.decode_down if top_k > 2 else chip.decode_down_few
