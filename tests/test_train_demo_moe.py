@@ -1,6 +1,5 @@
 """The training script of the demo model: it learns, and what it writes loads as the architecture it claims."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -8,20 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import load_example
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codequant.data import DEMO_HELDOUT
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_moe.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("train_demo_moe")
 
 
 def test_balance_loss_is_one_when_even_and_large_when_collapsed(script: ModuleType) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codequant.errors import InputError
 from codequant.kernels.triton.clustering import kmeans
 
 CLUSTERS = 16
@@ -102,13 +103,15 @@ def run() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="codequant bench clustering", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise InputError("bench clustering: no CUDA device, expected one")
     rows = run()
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

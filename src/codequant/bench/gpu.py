@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from codequant.bench import triton_bf16
+from codequant.errors import InputError
 from codequant.kernels import reference
 from codequant.kernels import triton as backend
 from codequant.kernels.reference import ExpertWeights
@@ -307,15 +308,17 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="codequant bench gpu", description=str(__doc__).splitlines()[0])
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    rows = run(arguments.shape, arguments.tokens)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=1))
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise InputError("bench gpu: no CUDA device, expected one")
+    rows = run(options.shape, options.tokens)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
