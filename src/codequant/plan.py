@@ -28,7 +28,7 @@ from codequant.units.ends import ROWS
 from codequant.units.matrices import quantize
 from codequant.units.moments import Moments
 
-PROCESS_BYTES = 430 << 20  # Python with torch and transformers, before any work
+PROCESS_BYTES = 520 << 20  # Python with torch, transformers, a tokenizer and the names in the source, before any work
 SAMPLE_WIDTH = 2048  # of the widest matrix that is quantized to measure rates
 # (Hessians, rows under each) of two matrices. A GPU takes as long for a few rows as for thousands, and units give it
 # thousands.
