@@ -1,6 +1,6 @@
 import torch
 
-from codequant.units.experts import pairs_by_expert
+from codequant.units.teacher import pairs_by_expert
 
 
 def test_pairs_by_expert_are_every_expert_s_own_in_order_of_the_tokens():

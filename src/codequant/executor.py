@@ -17,6 +17,8 @@ import torch
 
 from codequant.store import Ledger, Record
 
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -143,9 +145,8 @@ def run_units(
 def return_free_memory() -> None:
     """Hand freed memory back to the system. The C library keeps what large tensors have left in every thread's arena,
     so that the process would grow to the sum of what different units need."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    if TRIM is not None:
+        TRIM(0)
 
 
 def measure(unit: Unit, function: Callable[[], tuple[dict[str, torch.Tensor], dict]], write: Callable) -> Record:

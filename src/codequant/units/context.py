@@ -244,8 +244,7 @@ class Context:
 
     def apply_gate(self, layer: int) -> Callable[[Tensor], Tensor]:
         """[N, 2M] gate and up -> [N, M], by the experts module's own rule (activation, clamps)."""
-        structure = self.source.structures[layer].experts
-        assert structure is not None
+        structure = self.experts_by_layer[layer]
         module: Any = self.source.layers[layer].get_submodule(structure.path)
         if not structure.has_gate:
             return module.act_fn

@@ -13,9 +13,8 @@ from codequant.structure import ChannelPair
 from codequant.units.context import Context, Result
 from codequant.units.matrices import (
     local_tensors,
-    packed,
+    packed_one,
     packed_tensors,
-    pick,
     plain_tensors,
     quantize,
     reorder_rows,
@@ -74,7 +73,9 @@ def dense(context: Context, layer: int) -> Result:
         info["finetuning"] = tune_dense(context, layer, teacher_layer, student_layer, done)
     result = dict(plain)
     for reader, quantized in done.items():
-        result |= packed_tensors(f"{context.module_name(layer, reader)}.weight", pick(packed(quantized), 0))
+        result |= packed_tensors(
+            f"{context.module_name(layer, reader)}.weight", packed_one(quantized, 0, context.recipe.weights.bits)
+        )
     if structure.experts is not None:
         scheme = context.experts_scheme(layer, inner=False)
 

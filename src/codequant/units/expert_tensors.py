@@ -12,7 +12,6 @@ from torch import Tensor
 
 from codequant.checkpoint_names import Source as TensorSource
 from codequant.packing import SUFFIXES, PackedWeight, unpack
-from codequant.structure import ExpertsStructure
 from codequant.units.context import Context
 from codequant.units.matrices import packed_one, packed_tensors, stored
 from codequant.weight_quantization import QuantizedWeight
@@ -39,7 +38,7 @@ def packed_experts(
 def plain_experts(context: Context, layer: int, parameter: str, chosen: slice, tensor: Tensor) -> dict[str, Tensor]:
     """A run of experts' unquantized matrices [n, O, I] or biases [n, O] by checkpoint name."""
     tensor = _to_checkpoint(context, layer, parameter, tensor)
-    if tensor.ndim == 3 and _flags(context, layer).is_transposed:
+    if tensor.ndim == 3 and context.experts_by_layer[layer].is_transposed:
         tensor = tensor.transpose(1, 2)
     return {e.name: stored(context, e.name, tensor[index]) for e, index in places(context, parameter, chosen)}
 
@@ -59,7 +58,7 @@ def read_expert(
             part = unpack(PackedWeight(packed, codebook, step, in_features))
         rows.append(part)
     tensor = torch.cat(rows, dim=1)
-    if in_features is None and tensor.ndim == 3 and _flags(context, layer).is_transposed:
+    if in_features is None and tensor.ndim == 3 and context.experts_by_layer[layer].is_transposed:
         tensor = tensor.transpose(1, 2)
     if _interleaves(context, layer, parameter):
         tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
@@ -91,11 +90,5 @@ def _to_checkpoint(context: Context, layer: int, parameter: str, tensor: Tensor)
 
 
 def _interleaves(context: Context, layer: int, parameter: str) -> bool:
-    flags = _flags(context, layer)
+    flags = context.experts_by_layer[layer]
     return flags.has_gate and not flags.is_concatenated and "gate_up_proj" in parameter
-
-
-def _flags(context: Context, layer: int) -> ExpertsStructure:
-    structure = context.source.structures[layer].experts
-    assert structure is not None
-    return structure

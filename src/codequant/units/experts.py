@@ -15,7 +15,7 @@ from codequant.units.context import Context, Result, dense_key, to_device
 from codequant.units.expert_tensors import packed_experts, places, plain_experts
 from codequant.units.matrices import finished_dense, quantize_each, reorder_rows
 from codequant.units.moments import Moments, Sums, as_read, mixed, stack
-from codequant.units.teacher import read_experts
+from codequant.units.teacher import pairs_by_expert, read_experts
 from codequant.units.tuning import tune_experts
 from codequant.weight_quantization import QuantizedWeight
 
@@ -40,8 +40,7 @@ def experts(context: Context, layer: int, start: int, stop: int) -> Result:
 
     An expert that sees fewer than `min_expert_tokens` is calibrated with the tokens of the whole layer.
     """
-    structure = context.source.structures[layer].experts
-    assert structure is not None
+    structure = context.experts_by_layer[layer]
     chosen, count = slice(start, stop), stop - start
     own = read_experts(context, layer, chosen, context.experts_gain(layer), context.rotation)
     outer, inner = (context.experts_scheme(layer, inner=i) for i in (False, True))
@@ -106,15 +105,6 @@ def routed_batches(context: Context, layer: int) -> Iterator[dict[str, Tensor]]:
     """The results of `route` on the device, which picks tokens faster than it could be sent them; on a CPU they stay
     mapped, and only what is picked is read."""
     return (to_device(batch, context.device) for batch in context.routed_batches(layer))
-
-
-def pairs_by_expert(top_k_index: Tensor, start: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """(token, slot) of the pairs that top_k_index [N, k] sends to each of `count` experts from `start` on, by token."""
-    token, slot = ((top_k_index >= start) & (top_k_index < start + count)).nonzero(as_tuple=True)
-    expert = top_k_index[token, slot] - start
-    order = expert.argsort(stable=True)
-    sizes = expert.bincount(minlength=count).tolist()
-    return list(zip(token[order].split(sizes), slot[order].split(sizes)))
 
 
 def intermediate_sums(

@@ -71,10 +71,6 @@ def reorder_rows(quantized: QuantizedWeight, order: Tensor) -> QuantizedWeight:
     return QuantizedWeight(indices, codebook, step, quantized.error)
 
 
-def packed(quantized: QuantizedWeight) -> PackedWeight:
-    return pack(quantized.indices, quantized.codebook, quantized.step)
-
-
 def packed_one(quantized: QuantizedWeight, index: int, bits: int) -> PackedWeight:
     """One matrix of a stack whose codebooks may have more room than its bits need."""
     return pack(quantized.indices[index], quantized.codebook[index, ..., : 2**bits], quantized.step[index])
@@ -83,11 +79,6 @@ def packed_one(quantized: QuantizedWeight, index: int, bits: int) -> PackedWeigh
 def packed_tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of the format that stand for the checkpoint tensor `name`."""
     return {f"{name}_{suffix}": getattr(weight, suffix).cpu() for suffix in SUFFIXES}
-
-
-def pick(weight: PackedWeight, index: int) -> PackedWeight:
-    """One matrix of a stack."""
-    return PackedWeight(weight.packed[index], weight.codebook[index], weight.step[index], weight.in_features)
 
 
 def read_packed(context: Context, key: str, module: str, in_features: int) -> PackedWeight:

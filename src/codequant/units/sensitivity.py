@@ -22,7 +22,7 @@ from codequant.hadamard import hadamard_transform
 from codequant.packing import BITS, groups_per_row
 from codequant.quantization_config import Scheme
 from codequant.units.context import Context, Result, bits_name, sensitivity_key
-from codequant.units.teacher import only, read_experts
+from codequant.units.teacher import only, pairs_by_expert, read_experts
 
 ROWS = 64  # of a matrix, evenly spaced: what its error is estimated from
 
@@ -35,21 +35,23 @@ def sensitivity(context: Context, layer: int) -> Result:
     gain, apply_gate = context.experts_gain(layer), context.apply_gate(layer)
     teacher_layer = context.working_layer(layer, context.folded_tensors(layer, None))
     importance = [torch.zeros(E, I, device=context.device) for I in (H, M)]
-    energy, total = torch.zeros(E, dtype=torch.float64), 0.0
+    energy, total = torch.zeros(E, dtype=torch.float64, device=context.device), 0.0
     for shard in range(context.window_shards):
         routed = teacher_layer.routed(context.hidden("teacher", layer, shard))
         rotated = rotate_rows(routed.x, context.experts_basis(layer))
-        for e in torch.unique(routed.top_k_index).tolist():
+        for e, (token, slot) in enumerate(pairs_by_expert(routed.top_k_index, 0, E)):
+            if not len(token):
+                continue
             t = read_experts(context, layer, slice(e, e + 1), gain, None)
-            token, slot = (routed.top_k_index == e).nonzero(as_tuple=True)
             share = routed.top_k_weights[token, slot, None].float()
             hidden = apply_gate(F.linear(routed.x[token], t["gate_up"][0], only(t.get("gate_up_bias"))))
             output = F.linear(hidden, t["down"][0], only(t.get("down_bias")))
             read = hadamard_transform(hidden) if inner is not None and inner.hadamard else hidden
             importance[0][e] += rotated[token].square().sum(0)
             importance[1][e] += (read * share).square().sum(0)
-            energy[e] += float((output * share).double().square().sum())
+            energy[e] += (output * share).double().square().sum()
         total += float(context.hidden("teacher", layer + 1, shard).double().square().sum())
+    energy = energy.cpu()
     costs = torch.zeros(E, 2, len(BITS), dtype=torch.float64)
     for e in energy.nonzero().flatten().tolist():
         own = read_experts(context, layer, slice(e, e + 1), gain, context.rotation)

@@ -50,19 +50,29 @@ def experts_of(
     context: Context, layer: int, read: Callable[[int], dict[str, Tensor]], inner: Scheme | None = None
 ) -> Experts:
     """Experts whose weights come from `read(expert)`, a stack of one; inner: how down reads the intermediate."""
-    apply_gate = context.apply_gate(layer)
+    apply_gate, count = context.apply_gate(layer), context.experts_by_layer[layer].num_experts
 
     def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
-        for expert in torch.unique(top_k_index).tolist():
+        for expert, (token, slot) in enumerate(pairs_by_expert(top_k_index, 0, count)):
+            if not len(token):
+                continue
             t = read(expert)
-            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
             hidden = apply_gate(F.linear(x[token], t["gate_up"][0], only(t.get("gate_up_bias"))))
             out = F.linear(as_read(hidden, inner), t["down"][0], only(t.get("down_bias")))
             y.index_add_(0, token, out * top_k_weights[token, slot, None].to(out.dtype))
         return y
 
     return run
+
+
+def pairs_by_expert(top_k_index: Tensor, start: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """(token, slot) of the pairs that top_k_index [N, k] sends to each of `count` experts from `start` on, by token."""
+    token, slot = ((top_k_index >= start) & (top_k_index < start + count)).nonzero(as_tuple=True)
+    expert = top_k_index[token, slot] - start
+    order = expert.argsort(stable=True)
+    sizes = expert.bincount(minlength=count).tolist()
+    return list(zip(token[order].split(sizes), slot[order].split(sizes)))
 
 
 def only(stack: Tensor | None) -> Tensor | None:
