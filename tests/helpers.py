@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -231,3 +231,28 @@ def _write(
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int) -> Tensor:
+    high = limit * denominator
+    return torch.randint(-high, high + 1, shape, generator=generator) / denominator
+
+
+def sweep_case(
+    shape: tuple[int, int, int, int, int], from_scratch: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Target, matrix, codebook, groups and indices (None from scratch) of B, O, I, G, K, for a sweep over columns:
+    numbers whose sums float32 holds exactly, so that even ties must agree."""
+    B, O, I, G, K = shape
+    generator = torch.Generator().manual_seed(I)
+    target = dyadic(generator, B, O, I, limit=4, denominator=8)
+    codebook = dyadic(generator, B, O, G, K, limit=4, denominator=1)
+    matrix = dyadic(generator, B, I, I, limit=1, denominator=4)
+    matrix = torch.triu(matrix, 1) if from_scratch else (matrix.triu(1) + matrix.triu(1).mT)
+    matrix.diagonal(dim1=-2, dim2=-1).fill_(2.0)
+    groups = torch.randint(0, G, (B, I), generator=generator)
+    indices = None
+    if not from_scratch:
+        groups = (torch.arange(I) // (I // G)).expand(B, I)
+        indices = torch.randint(0, K, (B, O, I), generator=generator).to(torch.uint8)
+    return target, matrix, codebook, groups, indices

@@ -7,6 +7,7 @@ from torch import Tensor
 from codequant.clustering import WEIGHT_FLOOR, kmeans, kmeans_reference
 from codequant.native import library
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 IMPLEMENTATIONS = [
     pytest.param(kmeans_reference, id="reference"),
     pytest.param(kmeans, id="native", marks=pytest.mark.skipif(library() is None, reason="native library not built")),
@@ -30,14 +31,6 @@ def least_cost(values: Tensor, weights: Tensor, clusters: int) -> float:
             total += float((w[a:b] * (x[a:b] - mean) ** 2).sum())
         best = min(best, total)
     return best
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is NaN (255 in uint8), so that an entry nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)

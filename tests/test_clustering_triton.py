@@ -17,13 +17,6 @@ if INTERPRETED:
     ptx_interpreter.install()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton compiles for the GPU here; the interpreter needs TRITON_INTERPRET=1")
-    return torch.device(request.param)
-
-
 def least_loss(values: Tensor, weights: Tensor, K: int) -> float:
     """By the definition, O(K S^2), float64."""
     x, order = values.double().sort()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import sweep_case
 from torch import Tensor
 
 from codequant.error_feedback import (
@@ -17,18 +18,11 @@ from codequant.error_feedback import (
 )
 from codequant.native import library
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_native = pytest.mark.skipif(library() is None, reason="native library not built")
 
 # B, O, I, G, K: odd widths, more rows than a tile of 128, blocks of 64 and 128 columns crossed, groups inside them
 SHAPES = [(1, 1, 1, 1, 4), (2, 3, 7, 1, 4), (0, 3, 7, 1, 4), (3, 33, 64, 2, 8), (2, 130, 65, 5, 4), (1, 40, 300, 3, 16)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is NaN (255 in uint8), so that an entry nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(B: int, O: int, I: int, G: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,11 +42,6 @@ def cost(target: Tensor, hessian: Tensor, codebook: Tensor, indices: Tensor) -> 
     return ((error @ hessian.double()) * error).sum((-2, -1))
 
 
-def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int) -> Tensor:
-    high = limit * denominator
-    return torch.randint(-high, high + 1, shape, generator=generator) / denominator
-
-
 @needs_native
 @pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,18 +49,7 @@ def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int
 def test_native_sweep_equals_reference_bit_for_bit(shape, from_scratch, isa, monkeypatch):
     """On numbers whose sums float32 holds exactly - small multiples of 1/32 - so that even ties must agree."""
     monkeypatch.setenv("CODEQUANT_ISA", isa)
-    B, O, I, G, K = shape
-    generator = torch.Generator().manual_seed(I)
-    target = dyadic(generator, B, O, I, limit=4, denominator=8)
-    codebook = dyadic(generator, B, O, G, K, limit=4, denominator=1)
-    matrix = dyadic(generator, B, I, I, limit=1, denominator=4)
-    matrix = torch.triu(matrix, 1) if from_scratch else (matrix.triu(1) + matrix.triu(1).mT)
-    matrix.diagonal(dim1=-2, dim2=-1).fill_(2.0)
-    groups = torch.randint(0, G, (B, I), generator=generator)
-    indices = None
-    if not from_scratch:
-        groups = (torch.arange(I) // (I // G)).expand(B, I)
-        indices = torch.randint(0, K, (B, O, I), generator=generator).to(torch.uint8)
+    target, matrix, codebook, groups, indices = sweep_case(shape, from_scratch)
     sweeps = 1 if from_scratch else 3
     found = _sweep(target, matrix, codebook, groups, indices, sweeps, threads=1)
     assert torch.equal(found, sweep_reference(target, matrix, codebook, groups, indices, sweeps))

@@ -1,61 +1,28 @@
 """The GPU's error feedback against its readable twin: in Triton's interpreter, and on a GPU (`pytest -m gpu`)."""
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
+
+from helpers import sweep_case
 
 from codequant import error_feedback as reference
 from codequant.error_feedback import lookup, sweep_reference
 from codequant.kernels.triton.error_feedback import BLOCK, LINES, ROWS, normal_equations, sweep
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.usefixtures("poisoned_gpu_memory")
 
 # B, O, I, G, K: one column, one row, more rows than a program has, several blocks of columns, groups inside and across
 SHAPES = [(1, 1, 1, 1, 4), (2, 3, 7, 1, 8), (2, ROWS + 5, 15, 3, 4), (1, 9, BLOCK + 1, 5, 16), (2, 2, BLOCK + 2, 2, 8)]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton compiles for the GPU here; the interpreter needs TRITON_INTERPRET=1")
-    return torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Under deterministic algorithms torch.empty is filled with NaN (integers: their maximum)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def dyadic(generator: torch.Generator, *shape: int, limit: int, denominator: int) -> Tensor:
-    high = limit * denominator
-    return torch.randint(-high, high + 1, shape, generator=generator) / denominator
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("from_scratch", [True, False])
 def test_sweep_equals_the_twin_bit_for_bit(device: torch.device, shape: tuple[int, ...], from_scratch: bool) -> None:
     """On numbers whose sums float32 holds exactly - small multiples of 1/32 - so that even ties must agree."""
-    B, O, I, G, K = shape
-    generator = torch.Generator().manual_seed(I)
-    target = dyadic(generator, B, O, I, limit=4, denominator=8)
-    codebook = dyadic(generator, B, O, G, K, limit=4, denominator=1)
-    matrix = dyadic(generator, B, I, I, limit=1, denominator=4)
-    matrix = torch.triu(matrix, 1) if from_scratch else (matrix.triu(1) + matrix.triu(1).mT)
-    matrix.diagonal(dim1=-2, dim2=-1).fill_(2.0)
-    groups = torch.randint(0, G, (B, I), generator=generator)
-    indices = error = None
-    if not from_scratch:
-        groups = (torch.arange(I) // (I // G)).expand(B, I)
-        indices = torch.randint(0, K, (B, O, I), generator=generator).to(torch.uint8)
-        error = (lookup(codebook, indices) - target).to(device)
+    target, matrix, codebook, groups, indices = sweep_case(shape, from_scratch)
+    error = None if indices is None else (lookup(codebook, indices) - target).to(device)
     sweeps = 1 if from_scratch else 2
     found = sweep(*(t.to(device) for t in (target, matrix, codebook, groups)), error, sweeps)
     assert torch.equal(found.cpu(), sweep_reference(target, matrix, codebook, groups, indices, sweeps))

@@ -7,7 +7,6 @@ adds the fixed-point error, at most max |x| / 65024 per input element.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -27,6 +26,7 @@ from codequant.kernels.triton.activation import quantize
 from codequant.kernels.triton.dense import dequantize, gate
 from codequant.kernels.triton.dispatch import decodes
 
+pytestmark = pytest.mark.usefixtures("poisoned_gpu_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import ptx_interpreter
@@ -34,21 +34,6 @@ if INTERPRETED:
     ptx_interpreter.install()
 
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton compiles for the GPU here; the interpreter needs TRITON_INTERPRET=1")
-    return torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Under deterministic algorithms torch.empty is filled with NaN (integers: their maximum)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_weight(shape: tuple[int, ...], bits: int, group_size: int, generator: torch.Generator) -> PackedWeight:

@@ -9,13 +9,7 @@ from codequant.native import library
 from codequant.packing import pack, unpack
 from codequant.weight_quantization import WeightOptions, quantize_weight, target_weight
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is NaN (255 in uint8), so that an entry nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def layer(B: int, O: int, I: int, seed: int = 0, offset: float = 0.0) -> tuple[Tensor, Tensor]:
