@@ -81,6 +81,30 @@ def test_few_distinct_values_and_missing_weights(device: torch.device, K: int) -
         torch.testing.assert_close(got[2], values[2])
 
 
+@pytest.mark.parametrize("heavy", [1e5, 1e8])
+def test_activation_outliers_do_not_hide_the_other_weights(device: torch.device, heavy: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(3, 48, generator=generator)
+    values[2, 5] = 30
+    weights = torch.rand(48, generator=generator) + 0.1
+    weights[7] *= heavy
+    weights[30] *= heavy**0.5
+    centroids, indices = (t.cpu() for t in kmeans(values.to(device), weights.to(device), 16))
+    found = (weights.double() * (values.double() - centroids.double().gather(1, indices.long())) ** 2).sum(1)
+    for row in range(3):  # bounding the weights moves clusters by the share of HEAVIEST in a weight
+        assert float(found[row]) <= least_loss(values[row], weights, 16) * 1.001
+
+
+def test_values_that_are_no_numbers_stay_in_their_row(device: torch.device) -> None:
+    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(3))
+    expected = kmeans(values.to(device), torch.ones(40, device=device), 8)
+    values[1, 3] = torch.nan
+    centroids, indices = kmeans(values.to(device), torch.ones(40, device=device), 8)
+    for got, want in zip((centroids, indices), expected):
+        assert torch.equal(got[::2], want[::2])
+    assert int(indices.max()) < 8
+
+
 @pytest.mark.gpu
 def test_many_rows_equal_their_parts() -> None:
     values = torch.randn(3000, 768, device="cuda")

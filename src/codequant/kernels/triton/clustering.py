@@ -14,6 +14,11 @@ total gain of the first m values in j clusters" (Wang & Song, The R Journal 2011
 Prefix sums are taken in float64 of values normalized to zero mean and peak 1 and weights of sum 1, and are rounded to
 float32. The gains' rounding, about 1e-7 of the row's variance, is the only error: with 16 clusters the loss is some
 1/150 of the variance or less, hence "exact" to about 1e-5 of the loss.
+
+Activation outliers make some weights millions of times larger than the rest, which float32 would lose beside them. The
+intervals are therefore chosen with weights of at most HEAVIEST times the row's median: a cluster's cost is
+w v / (w + v) * distance**2 for a heavy w beside others v, and hardly depends on w. The centroids are means under the
+weights as they are.
 """
 
 import torch
@@ -24,7 +29,9 @@ from torch import Tensor
 from codequant.kernels.triton.ptx import reciprocal
 
 COARSE = 8  # boundaries that the first, bounding pass looks at
-_SLACK = tl.constexpr(2e-6)  # of the second moment: rounding of costs that are compared with the bound
+HEAVIEST = 1e4
+# Rounding of costs that are compared with the bound: a share of the second moment, and of 1, the peak's square.
+_SLACK, _ROUNDING = tl.constexpr(2e-6), tl.constexpr(4e-7)
 _CHUNK = 2**24  # values at a time: bounds the scratch memory at 2 GB
 
 
@@ -34,9 +41,12 @@ def _prefix_sums(
     order,
     weights,
     row_weights,
+    heaviest,
     weight_sum,
     moment,
     energy,
+    true_weight_sum,
+    true_moment,
     center,
     peak,
     R,
@@ -47,6 +57,7 @@ def _prefix_sums(
     """values [R, S] ascending, order int64 [R, S], weights of values[order] -> prefix sums [2, R, N + 1].
 
     The second half of the results are the mirrored row's: negated and in reverse. S..N are values of no weight.
+    heaviest float32 [R] bounds the weights, but for true_weight_sum and true_moment, float64 [R, N + 1].
     """
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -56,6 +67,8 @@ def _prefix_sums(
     w = tl.load(weights + row * row_weights + index, mask=inside, other=0.0).to(tl.float64)
     total = tl.sum(w, 0)
     w = tl.where(total > 0, w, tl.where(inside, 1.0, 0.0))  # a row without any weight: all values alike
+    true = w
+    w = tl.minimum(w, tl.load(heaviest + row).to(tl.float64))
     w = w / tl.sum(w, 0)
     mean = tl.sum(w * x, 0)
     x = tl.where(inside, x - mean, 0.0)
@@ -71,6 +84,8 @@ def _prefix_sums(
     tl.store(weight_sum + forward, w_sum.to(tl.float32), mask=stored)
     tl.store(moment + forward, wx_sum.to(tl.float32), mask=stored)
     tl.store(energy + forward, wxx_sum.to(tl.float32), mask=stored)
+    tl.store(true_weight_sum + forward, tl.cumsum(true, 0), mask=stored)
+    tl.store(true_moment + forward, tl.cumsum(true * x, 0), mask=stored)
     # Mirrored prefix N - 1 - c holds what lies right of value c.
     mirrored = (R + row) * (N + 1) + N - 1 - c
     tl.store(weight_sum + mirrored, (1.0 - w_sum).to(tl.float32), mask=stored)
@@ -79,6 +94,8 @@ def _prefix_sums(
     tl.store(weight_sum + row * (N + 1), 0.0)
     tl.store(moment + row * (N + 1), 0.0)
     tl.store(energy + row * (N + 1), 0.0)
+    tl.store(true_weight_sum + row * (N + 1), 0.0)
+    tl.store(true_moment + row * (N + 1), 0.0)
     last = (R + row) * (N + 1) + N
     tl.store(weight_sum + last, 1.0)
     tl.store(moment + last, 0.0)
@@ -124,9 +141,9 @@ def _split(
     n = N // STRIDE
     blocks = (n + BM) // BM
     second_moment = tl.load(q_row + N)
-    limit = second_moment * (1.0 + _SLACK)
+    limit = second_moment * (1.0 + _SLACK) + _ROUNDING
     if BOUNDED:
-        limit = second_moment - tl.load(bound + row % R) + second_moment * _SLACK
+        limit -= tl.load(bound + row % R)
     a = tl.arange(0, BM)
     bi = tl.arange(0, BI)
 
@@ -257,7 +274,7 @@ def _join(
     top = tl.max(best, 0)
     tl.store(bound + row, top)
     if TRACE:
-        middle = tl.min(tl.where(best == top, at, N + 1), 0)
+        middle = tl.minimum(tl.min(tl.where(best == top, at, N + 1), 0), n)
         boundary += row * (2 * LEVELS + 1)
         tl.store(boundary + LEVELS, middle * STRIDE)
         p = middle
@@ -265,6 +282,8 @@ def _join(
         for level in tl.static_range(LEVELS - 1, -1, -1):
             p = tl.load(start + (row * LEVELS + level) * (N + 1) + p)
             q = tl.load(start + ((R + row) * LEVELS + level) * (N + 1) + q)
+            p = tl.minimum(tl.maximum(p, 0), n)  # NaN among the values must not lead outside of the row
+            q = tl.minimum(tl.maximum(q, 0), n)
             tl.store(boundary + level, p * STRIDE)
             tl.store(boundary + 2 * LEVELS - level, (n - q) * STRIDE)
 
@@ -309,12 +328,15 @@ def _kmeans(values: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor]:
     device, L = values.device, K // 2
     ordered, order = values.sort(dim=1)
     weight_sum, moment, energy = (torch.empty(2, R, N + 1, device=device) for _ in range(3))
+    true_weight_sum, true_moment = torch.empty(2, R, N + 1, dtype=torch.float64, device=device)
     center, peak = torch.empty(2, R, dtype=torch.float64, device=device)
     weights = weights.contiguous()
+    median = weights.where(weights > 0, torch.nan).nanmedian(dim=-1).values
+    heaviest = (HEAVIEST * median).nan_to_num(1.0).expand(R).contiguous()
     BLOCK = triton.next_power_of_2(N)
     _prefix_sums[(R,)](
-        ordered, order, weights, 0 if weights.dim() == 1 else S, weight_sum, moment, energy, center, peak, R, S, N,
-        BLOCK, num_warps=max(1, min(8, BLOCK // 512)),
+        ordered, order, weights, 0 if weights.dim() == 1 else S, heaviest, weight_sum, moment, energy,
+        true_weight_sum, true_moment, center, peak, R, S, N, BLOCK, num_warps=max(1, min(8, BLOCK // 512)),
     )  # fmt: skip
     gain = torch.empty(2, R, 2, N + 1, device=device)
     start = torch.empty(2, R, L, N + 1, dtype=torch.int32, device=device)
@@ -331,13 +353,13 @@ def _kmeans(values: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor]:
             gain, start, reach, bound, boundary, N, R, LEVELS=L, STRIDE=stride, TRACE=stride == 1, BM=128, num_warps=1
         )
     at = boundary.long()
-    w = weight_sum[0].gather(1, at).diff(dim=1)
-    s = moment[0].gather(1, at).diff(dim=1)
+    w = true_weight_sum.gather(1, at).diff(dim=1)
+    s = true_moment.gather(1, at).diff(dim=1)
     mean = torch.where(w > 0, s / w, -torch.inf)
     # A cluster without weight takes the centroid before it, or after it at the start of the row.
     mean = mean.cummax(dim=1).values
     mean = torch.where(mean == -torch.inf, torch.inf, mean).flip(1).cummin(dim=1).values.flip(1)
-    centroids = (center[:, None] + peak[:, None] * mean.double()).float()
+    centroids = (center[:, None] + peak[:, None] * mean).float()
     indices = torch.empty(R, S, dtype=torch.uint8, device=device)
     _assign[(R, triton.cdiv(S, 1024))](values, centroids, indices, S, K, 1024, num_warps=4)
     return centroids, indices
