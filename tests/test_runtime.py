@@ -1,6 +1,7 @@
 """Quantized modules compute what a plain model of the dequantized weights and fake-quantized inputs computes."""
 
 import copy
+import importlib
 import threading
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 import codequant
-from codequant import packing
+from codequant import kernels, packing
 from codequant.errors import InputError
 from codequant.hadamard import hadamard_transform
 from codequant.kernels import reference
@@ -107,6 +108,30 @@ def test_every_module_equals_fake_quantized_activations(family, activation_bits,
                 expected, output = expected[0], output[0]
         rounding = 4 * WIDEST * U * float(expected.abs().max() + x.abs().max())
         assert float((output - expected).abs().max()) < rounding + one_level, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
+def test_a_gpu_gives_the_reference_s_logits_through_its_own_kernels(family, tmp_path, monkeypatch):
+    quantize_rtn_checkpoint(random_model(family), tmp_path, QuantizationConfig(A16))
+    model, _ = codequant.load(tmp_path, dtype=torch.float32, device="cuda")
+    tokens = random_tokens(model).to("cuda")
+    assert kernels.backend("cuda").__name__.endswith("triton")
+    with torch.no_grad():
+        found = model(tokens).logits
+    monkeypatch.setenv("CODEQUANT_BACKEND", "reference")
+    expected, _ = codequant.load(tmp_path, dtype=torch.float32, device="cuda")
+    with torch.no_grad():
+        difference = found - expected(tokens).logits
+    # 16-bit activations are fixed-point numbers there, of 2**-16 of their token's largest magnitude.
+    assert float(difference.norm() / found.norm()) < DEPTH * 2.0**-16 * WIDEST**0.5
+
+
+@pytest.mark.parametrize("name", kernels.BACKENDS)
+def test_every_backend_offers_what_the_runtime_asks_for(name):
+    module = importlib.import_module(f"codequant.kernels.{name}")
+    missing = [name for name in vars(kernels.Backend) if not name.startswith("_") and not hasattr(module, name)]
+    assert not missing
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "phimoe"])

@@ -28,6 +28,14 @@ class TritonExperts:
     rest: ExpertWeights  # flags, biases and callables; its two weights are empty
 
 
+def unavailable(device_type: str) -> str | None:
+    """Needs an NVIDIA GPU with int8 tensor cores and asynchronous copies."""
+    if device_type != "cuda":
+        return "it runs on NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else "compute capability {}.{}, needed is 8.0".format(*capability)
+
+
 def prepare_linear(weight: PackedWeight) -> TritonWeight:
     return to_triton(weight)
 
