@@ -63,11 +63,16 @@ def _quantize(
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token per program. Columns of the output are those of the padded groups; padding gets zeros."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        else:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     source = (column // P) * S + column % P
@@ -95,10 +100,14 @@ def _quantize(
         tl.store(zero + row, lo + SHIFT * step)
 
 
-def quantize(x: Tensor, groups: int, bits: int, clip: float, pdl: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, groups: int, bits: int, clip: float, pdl: bool, early: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [R, I] -> int8 planes (high, low) [R, G * P], float32 scale [R] and zero [R].
 
     x[r, i] ~ scale * high + zero for 4 and 8 bits (low is high, unused), scale * (256 * high + low) for 16.
+    early: the kernel after this one may start while the one before it still runs, and ask for its weights; what that
+    kernel reads before it waits must be older than both.
     """
     R, I = x.shape
     S = I // groups
@@ -108,7 +117,7 @@ def quantize(x: Tensor, groups: int, bits: int, clip: float, pdl: bool) -> tuple
     scale, zero = torch.empty(2, R, dtype=torch.float32, device=x.device)
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
-        x, high, low, scale, zero, clip, I, S, P, groups * P, BLOCK, bits, PDL=pdl,
+        x, high, low, scale, zero, clip, I, S, P, groups * P, BLOCK, bits, PDL=pdl, EARLY=early,
         num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip

@@ -107,10 +107,8 @@ _LINEARS: dict[int, tuple[LinearConfig, ...]] = {
     1: (*_LINEAR, LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3))),
     2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
 }
-_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(4, 64, 4))
-# By arithmetic from the rates in docs/LOG.md (lookup products at 310 to 390 TFLOP/s against 380 to 610 in bfloat16, and
-# 4.3 TB/s), on the safe side; these two have not been measured.
-_DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(1024, 0), DenseConfig(1024, 4096)
+_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(2, 256, 4))
+_DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(256, 0), DenseConfig(1024, 4096)
 HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
 AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, 0, _DENSE_LINEAR, _DENSE_EXPERTS)
 

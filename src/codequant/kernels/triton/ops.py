@@ -33,10 +33,11 @@ def _planes(activation_bits: int) -> int:
 
 
 def _dense(x: Tensor, weight: TritonWeight, activation_bits: int, tokens_per_expert: float) -> bool:
-    """Whether experts are dequantized: enough half-precision activations, and shapes that the library takes."""
+    """Whether experts are dequantized: enough bfloat16 activations, and shapes that the library takes (for float16 it
+    loops over experts on the host)."""
     aligned = weight.in_features % ALIGNMENT == 0 and weight.out_features % ALIGNMENT == 0
     enough = generation(x.device).dense_experts.serves(tokens_per_expert, weight.in_features)
-    return activation_bits == 16 and x.itemsize == 2 and aligned and enough
+    return activation_bits == 16 and x.dtype == torch.bfloat16 and aligned and enough
 
 
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())
@@ -50,7 +51,7 @@ def linear(
         return x.new_empty(0, w.out_features)
     if planes == 2 and x.itemsize == 2 and chip.dense_linear.serves(tokens, in_features):
         return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
-    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    q = quantize(x, w.groups, activation_bits, clip, pdl, early=True)
     if decodes(tokens, tokens, 1):
         return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
     config = chip.pick_linear(planes, tokens)
@@ -98,7 +99,7 @@ def expert_up(
     if _dense(x, w, activation_bits, expert.numel() / len(w.words)):
         lists = Routing(*routing)
         return gate(dense_experts(x[lists.pair // top_k], w, bias, expert, lists), gated, activation)
-    q = quantize(x, w.groups, activation_bits, clip, pdl)
+    q = quantize(x, w.groups, activation_bits, clip, pdl, early=False)  # the expert lists are the kernel's before
     if decodes(tokens, expert.numel(), len(w.words)):
         return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, pdl)
     config = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
@@ -134,7 +135,7 @@ def expert_down(
         lists = Routing(*routing)
         y = weighted_pairs(dense_experts(hidden, w, bias, expert, lists), pair_weight, lists)
         return combine(y, expert, len(w.words), top_k, hidden.dtype, pdl)
-    q = quantize(hidden, w.groups, activation_bits, clip, pdl)
+    q = quantize(hidden, w.groups, activation_bits, clip, pdl, early=True)  # `expert_up` has waited for the lists
     if decodes(tokens, expert.numel(), len(w.words)):
         config = chip.decode_down if top_k > 2 else chip.decode_down_few
         return decode(q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, config, pdl)
