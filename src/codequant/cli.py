@@ -232,10 +232,11 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks too, separated by commas")] = None,
     task_folder: Annotated[Path | None, typer.Option("--task-dir", help="folder of local task files")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="examples per task")] = None,
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity, and with --reference KL divergence, router changes and per-layer error, all in float32."""
-    run_evaluate(folder, reference, text, windows, length, json_file, tasks, task_folder, limit)
+    run_evaluate(folder, reference, text, windows, length, json_file, tasks, task_folder, limit, device)
 
 
 def run_evaluate(
@@ -248,6 +249,7 @@ def run_evaluate(
     tasks: str | None = None,
     task_folder: Path | None = None,
     limit: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
@@ -258,18 +260,22 @@ def run_evaluate(
     from codequant.corpora import evaluation_documents
     from codequant.data import DEMO_HELDOUT
     from codequant.inspection import inspect_folder
+    from codequant.pipeline import check_device
     from codequant.source import load_config, resolve
     from codequant.tasks import Tasks, render, score
     from codequant.writing import ROTATION
 
+    check_device(device)
     documents = evaluation_documents(text or DEMO_HELDOUT, whole=windows == 0)
     chosen = Tasks([name.strip() for name in tasks.split(",")], task_folder) if tasks is not None else None
     source = None
     if reference is not None:
         path = resolve(reference)
         load_config(path)
-        source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    model, tokenizer = codequant.load(folder, dtype=torch.float32)
+        source = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, device_map=device, trust_remote_code=False
+        )
+    model, tokenizer = codequant.load(folder, dtype=torch.float32, device=device)
     length = evaluation.context_length(model, length)
     if windows == 0:
         tokens = calibration.consecutive_windows(documents, tokenizer, length)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 8  # requests at a time; lm-eval sorts them by length
+BATCH = {"cpu": 8, "cuda": 64}  # requests at a time, by device; lm-eval sorts them by length
 SEED = 1234  # of the choice of few-shot examples, lm-eval's own
 
 
@@ -72,7 +72,7 @@ def quiet_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
     """lm-eval's view of a model, without progress bars, which would mix with ours."""
     from lm_eval.models.huggingface import HFLM
 
-    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH[model.device.type])
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(judged, name, partial(getattr(judged, name), disable_tqdm=True))
     return judged

@@ -36,7 +36,7 @@ from codequant import calibration, evaluation
 from codequant.data import DEMO_HELDOUT, DEMO_MODEL
 from codequant.errors import InputError
 from codequant.inspection import inspect_folder
-from codequant.pipeline import load_tokenizer, quantize
+from codequant.pipeline import check_device, load_tokenizer, quantize
 from codequant.recipe import Recipe, load_recipe
 from codequant.source import resolve
 
@@ -97,20 +97,24 @@ def run(
     length: int = 512,
     extra: Sequence[str] = (),
     workers: int | None = None,
+    device: str = "cpu",
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Rows of every method at every point, scored on `windows` windows of `text`; `report` gets each as it is done."""
+    check_device(device)
     points = [Point.parse(name) for name in grid]
     if unknown := set(methods) - set(CHANGES):
         raise InputError(f"--methods: {sorted(unknown)[0]!r}, expected some of {', '.join(CHANGES)}")
     source = resolve(model)
     tokenizer = load_tokenizer(source)
-    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    reference = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, device_map=device, trust_remote_code=False
+    )
     tokens = calibration.windows(
         calibration.read_documents(text), tokenizer, windows, evaluation.context_length(reference, length), seed=1
     )
     rows = []
-    for row in _rows(source, reference, tokens, calibration_text, points, methods, extra, workers):
+    for row in _rows(source, reference, tokens, calibration_text, points, methods, extra, workers, device):
         report(row)
         rows.append(row)
     return rows
@@ -125,6 +129,7 @@ def _rows(
     methods: Sequence[str],
     extra: Sequence[str],
     workers: int | None,
+    device: str,
 ) -> Iterator[dict[str, Any]]:
     for point in points:
         for method in methods:
@@ -136,9 +141,10 @@ def _rows(
                     recipe(method, point, extra),
                     calibration=calibration_text,
                     workers=workers,
+                    device=device,
                 )
                 seconds = time.perf_counter() - start
-                model, _ = codequant.load(out, dtype=torch.float32)
+                model, _ = codequant.load(out, dtype=torch.float32, device=device)
                 found = evaluation.evaluate(model, tokens, reference, None, inspect_folder(out).bits_per_weight)
             yield {
                 "method": method,
@@ -152,6 +158,7 @@ def _rows(
                 "bits_per_weight": found.bits_per_weight,
                 "seconds": round(seconds, 1),
                 "tokens": found.tokens,
+                "device": device,
             }
 
 
@@ -205,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe fields of every method")
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N], to quantize and to score")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args(arguments)
 
@@ -222,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         a.length,
         a.set,
         a.workers,
+        a.device,
         report,
     )
     if a.json:
