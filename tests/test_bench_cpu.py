@@ -48,11 +48,13 @@ def test_a_quantized_model_against_its_source(tmp_path: Path, capsys: pytest.Cap
     assert torch.get_num_threads() == threads
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert {(row["implementation"], row["shape"].split()[1]) for row in rows} == {
-        (name, phase) for name in ("codequant", cpu.BASELINE) for phase in ("prompt,", "decode,")
+        *((name, phase) for name in ("codequant", cpu.BASELINE) for phase in ("prompt,", "decode,")),
+        *((name, "loading") for name in ("codequant", cpu.FILE_READ)),
     }
-    assert all(abs(row["tokens_per_s"] * row["median_us"] / 1e6 - 1) < 0.01 for row in rows)
+    rates = [row for row in rows if "tokens_per_s" in row]
+    assert all(abs(row["tokens_per_s"] * row["median_us"] / 1e6 - 1) < 0.01 for row in rates)
     text = capsys.readouterr().out
-    assert "tokens/s" in text and all(str(row["tokens_per_s"]) in text for row in rows)
+    assert "tokens/s" in text and "GB/s" in text and all(str(row["tokens_per_s"]) in text for row in rates)
 
 
 def test_a_wrong_output_is_never_timed() -> None:

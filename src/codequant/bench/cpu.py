@@ -34,6 +34,7 @@ from codequant.kernels.reference import ExpertWeights
 from codequant.packing import PackedWeight, unpack
 
 BASELINE = "torch-bf16"
+FILE_READ = "file-read"
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,41 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
     ]
 
 
+def load_rows(model: str) -> list[dict[str, Any]]:
+    """Loading a quantized folder and repacking it for the kernels, against reading its shards; files in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from codequant.runtime.modules import CodebookModule
+
+    files = sorted(Path(model).glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    times: dict[str, list[float]] = {"codequant": [], FILE_READ: []}
+    for _ in range(3):
+        start = time.perf_counter()
+        for file in files:
+            file.read_bytes()
+        times[FILE_READ].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for module in AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).modules():
+            if isinstance(module, CodebookModule):
+                module.prepared()
+        times["codequant"].append(time.perf_counter() - start)
+    summary = {name: results.percentiles(values) for name, values in times.items()}
+    return [
+        {
+            "implementation": name,
+            "shape": f"{Path(model).name} loading",
+            "tokens": 0,
+            "threads": torch.get_num_threads(),
+            **summary[name],
+            "gb_per_s": round(size / summary[name]["median_us"] / 1e3, 2),
+            "ratio_to": FILE_READ,
+            "ratio": round(summary[FILE_READ]["median_us"] / summary[name]["median_us"], 2),
+        }
+        for name in times
+    ]
+
+
 def run_model(
     model: str, source: str, threads: int, prompt_tokens: int = 128, new_tokens: int = 32
 ) -> list[dict[str, Any]]:
@@ -334,16 +370,16 @@ def run_model(
 def table(rows: list[dict[str, Any]]) -> str:
     """For the screen."""
     width = max(len(r["shape"]) for r in rows)
-    rate = "tokens_per_s" if "tokens_per_s" in rows[0] else "gb_per_s"
-    title = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s"}[rate]
+    rates = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s"}
     lines = [
         f"{'implementation':22} {'shape':{width}} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} "
-        f"{title:>8} {'ratio':>6}"
+        f"{'rate':>17} {'ratio':>6}"
     ]
     for r in rows:
+        rate = next(key for key in rates if key in r)
         lines.append(
             f"{r['implementation']:22} {r['shape']:{width}} {r['tokens']:5} {r['threads']:3} {r['median_us']:11.1f} "
-            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r[rate]:8} {r['ratio']:5.2f}x"
+            f"{r['p10_us']:10.1f} {r['p90_us']:10.1f} {r[rate]:8} {rates[rate]:8} {r['ratio']:5.2f}x"
         )
     return "\n".join(lines)
 
@@ -361,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="CSV file to append to")
     a = parser.parse_args(arguments)
     if a.model:
-        rows = run_model(a.model[0], a.model[1], a.threads)
+        rows = run_model(a.model[0], a.model[1], a.threads) + load_rows(a.model[0])
     else:
         rows = run(a.shape.split(","), [int(t) for t in a.tokens.split(",")], a.threads, a.seconds)
     results.append("cpu", rows, f"{results.cpu_name()}, cpu", native.instruction_set(), a.results)
