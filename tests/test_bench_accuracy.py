@@ -15,7 +15,8 @@ KEYS = {
 }
 
 
-def test_rows_of_every_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_of_every_method(where: str, tmp_path: Path) -> None:
     source = write_source("olmoe", tmp_path / "source")
     text = str(tmp_path / "text.txt")
     overrides = [part for change in (*SMALL, "calibration.windows=24") for part in ("--set", change)]
@@ -23,6 +24,7 @@ def test_rows_of_every_method(tmp_path: Path) -> None:
         [
             *("--model", str(source), "--calibration", text, "--text", text, "--grid", "full-a8w2"),
             *("--windows", "8", "--length", "32", "--workers", "1", "--json", str(tmp_path / "rows.json"), *overrides),
+            *("--device", where),
         ]
     )
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
