@@ -16,6 +16,7 @@ time with more. `gb_per_s` counts the weights of the experts that were called, i
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -289,8 +290,16 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
     ]
 
 
+def forget(files: list[Path]) -> None:
+    """Have the system drop what it keeps of files in memory."""
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def load_rows(model: str) -> list[dict[str, Any]]:
-    """Loading a quantized folder and repacking it for the kernels, against reading its shards; files in memory."""
+    """Loading a quantized folder and repacking it for the kernels, against reading its shards, both from the disk."""
     from transformers import AutoModelForCausalLM
 
     from codequant.runtime.modules import CodebookModule
@@ -299,10 +308,12 @@ def load_rows(model: str) -> list[dict[str, Any]]:
     size = sum(file.stat().st_size for file in files)
     times: dict[str, list[float]] = {"codequant": [], FILE_READ: []}
     for _ in range(3):
+        forget(files)
         start = time.perf_counter()
         for file in files:
             file.read_bytes()
         times[FILE_READ].append(time.perf_counter() - start)
+        forget(files)
         start = time.perf_counter()
         for module in AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).modules():
             if isinstance(module, CodebookModule):
