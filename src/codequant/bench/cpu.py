@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from codequant import native
 from codequant.bench import ggml, results
 from codequant.errors import InputError
+from codequant.hadamard import hadamard_transform
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
 from codequant.packing import PackedWeight, unpack
@@ -156,21 +157,22 @@ def implementations(shape: Shape, tokens: int) -> list[Implementation]:
     E, H, M = shape.experts, shape.hidden, shape.intermediate
     gate_up, down = _random_weight(E, 2 * M, H), _random_weight(E, H, M)
     experts = ExpertWeights(gate_up, down, _silu_gate)
-    prepared = cpu.prepare_experts(experts)
-    assert isinstance(prepared.gate_up, cpu.Panels) and isinstance(prepared.down, cpu.Panels)
-    packed_bytes = (prepared.gate_up.data.numel() + prepared.down.data.numel()) / E
+    fused = cpu.prepare_experts(experts)
+    transformed = cpu.prepare_experts(replace(experts, down_transform=hadamard_transform))
+    assert isinstance(fused.gate_up, cpu.Panels) and isinstance(fused.down, cpu.Panels)
+    packed_bytes = (fused.gate_up.data.numel() + fused.down.data.numel()) / E
     rows = []
-    for bits in (8, 16):
-
-        def expected(x: Tensor, index: Tensor, weights: Tensor, bits: int = bits) -> Tensor:
-            return reference.codebook_experts(x, index, weights, replace(experts, input_bits=bits, down_bits=bits))
-
+    for name, prepared, bits in (("a8", fused, 8), ("a8-hadamard", transformed, 8), ("a16", fused, 16)):
         quantized = replace(prepared, weights=replace(prepared.weights, input_bits=bits, down_bits=bits))
+        whole = replace(quantized.weights, gate_up=gate_up, down=down)
+
+        def expected(x: Tensor, index: Tensor, weights: Tensor, whole: ExpertWeights = whole) -> Tensor:
+            return reference.codebook_experts(x, index, weights, whole)
 
         def forward(x: Tensor, index: Tensor, weights: Tensor, prepared: cpu.PreparedExperts = quantized) -> Tensor:
             return cpu.experts(x, index, weights, prepared)
 
-        rows.append(Implementation(f"codequant-a{bits}", forward, packed_bytes, expected, BF16 + FLIPPED))
+        rows.append(Implementation(f"codequant-{name}", forward, packed_bytes, expected, BF16 + FLIPPED))
     exact = rows[-1].expected
     first = torch.empty(E, 2 * M, H, dtype=torch.bfloat16)
     second = torch.empty(E, H, M, dtype=torch.bfloat16)
