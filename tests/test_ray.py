@@ -67,7 +67,7 @@ def quantize_on_ray(case: tuple, out: Path, disturb: Callable[[Progress], None])
 @needs_ray
 @pytest.mark.slow
 def test_a_node_and_a_worker_die(case: tuple, cluster: Any, tmp_path: Path) -> None:
-    """A worker is killed after five units, its node is removed after twelve."""
+    """A worker at work is killed after five units or a few more, a node is removed after twelve."""
 
     def workers() -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if "run_on_worker" in " ".join(p.cmdline() or [])]
@@ -75,7 +75,7 @@ def test_a_node_and_a_worker_die(case: tuple, cluster: Any, tmp_path: Path) -> N
     killed = []
 
     def disturb(progress: Progress) -> None:
-        if progress.done == 5:
+        if progress.done >= 5 and not killed:  # between two units a worker has another name
             killed.extend(workers()[:1])
             for process in killed:
                 process.send_signal(signal.SIGKILL)
