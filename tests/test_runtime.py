@@ -129,8 +129,10 @@ def test_a_gpu_gives_the_reference_s_logits_through_its_own_kernels(family, tmp_
 
 @pytest.mark.parametrize("name", kernels.BACKENDS)
 def test_every_backend_offers_what_the_runtime_asks_for(name):
+    if name == "triton":
+        pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
     module = importlib.import_module(f"codequant.kernels.{name}")
-    missing = [name for name in vars(kernels.Backend) if not name.startswith("_") and not hasattr(module, name)]
+    missing = [asked for asked in vars(kernels.Backend) if not asked.startswith("_") and not hasattr(module, asked)]
     assert not missing
 
 

@@ -253,7 +253,6 @@ def run_evaluate(
 ) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     import codequant
     from codequant import calibration, evaluation
@@ -272,9 +271,7 @@ def run_evaluate(
     if reference is not None:
         path = resolve(reference)
         load_config(path)
-        source = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, device_map=device, trust_remote_code=False
-        )
+        source = evaluation.load_reference(path, device)
     model, tokenizer = codequant.load(folder, dtype=torch.float32, device=device)
     length = evaluation.context_length(model, length)
     if windows == 0:

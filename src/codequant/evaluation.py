@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,13 @@ def relative_errors(output: Tensor, reference: Tensor, rotation: Tensor | None) 
     if rotation is not None:
         reference = reference @ rotation
     return (output.float() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def load_reference(folder: Path, device: str) -> "PreTrainedModel":
+    """A source model, unquantized, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device, trust_remote_code=False)
 
 
 def context_length(model: "PreTrainedModel", wanted: int) -> int:

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import codequant
 from codequant import calibration, evaluation
@@ -107,9 +107,7 @@ def run(
         raise InputError(f"--methods: {sorted(unknown)[0]!r}, expected some of {', '.join(CHANGES)}")
     source = resolve(model)
     tokenizer = load_tokenizer(source)
-    reference = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, device_map=device, trust_remote_code=False
-    )
+    reference = evaluation.load_reference(source, device)
     tokens = calibration.windows(
         calibration.read_documents(text), tokenizer, windows, evaluation.context_length(reference, length), seed=1
     )

@@ -283,13 +283,17 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
             **summary[key],
             "gb_per_s": round(torch.tensor(rates[key]).median().item(), 2),
             "share_of_read": round(torch.tensor(rates[key]).median().item() / read, 3),
-            "ratio_to": BASELINE,
-            "ratio": round(summary[BASELINE]["median_us"] / summary[key]["median_us"], 2),
+            **ratio(summary[key], BASELINE, summary[BASELINE]),
             "calls": rounds,
             **({"isa": ggml.instruction_set()} if key.startswith("llama.cpp") else {}),
         }
         for key in summary
     ]
+
+
+def ratio(own: dict[str, float], name: str, baseline: dict[str, float]) -> dict[str, Any]:
+    """How many times faster the median is than a baseline's."""
+    return {"ratio_to": name, "ratio": round(baseline["median_us"] / own["median_us"], 2)}
 
 
 def forget(files: list[Path]) -> None:
@@ -330,8 +334,7 @@ def load_rows(model: str) -> list[dict[str, Any]]:
             "threads": torch.get_num_threads(),
             **summary[name],
             "gb_per_s": round(size / summary[name]["median_us"] / 1e3, 2),
-            "ratio_to": FILE_READ,
-            "ratio": round(summary[FILE_READ]["median_us"] / summary[name]["median_us"], 2),
+            **ratio(summary[name], FILE_READ, summary[FILE_READ]),
         }
         for name in times
     ]
@@ -373,8 +376,7 @@ def run_model(
             "threads": threads,
             **summary[name, phase],
             "tokens_per_s": round(1e6 / summary[name, phase]["median_us"], 1),
-            "ratio_to": BASELINE,
-            "ratio": round(summary[BASELINE, phase]["median_us"] / summary[name, phase]["median_us"], 2),
+            **ratio(summary[name, phase], BASELINE, summary[BASELINE, phase]),
         }
         for name, phase in times
     ]
