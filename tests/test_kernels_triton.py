@@ -395,13 +395,13 @@ def test_more_rows_than_the_second_axis_of_a_grid_has() -> None:
 def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
     expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
     lists = routing.route(expert.to(device), E, block, pdl=False)
-    pair, end, block_expert, block_start = (t.cpu().long() for t in lists.tensors)
+    pair, end, block_expert, block_start, block_end = (t.cpu().long() for t in lists.tensors)
     assert torch.equal(pair.sort().values, torch.arange(pairs))
     seen = []
     for b in range(routing.max_blocks(pairs, E, block)):
         e = int(block_expert[b])
         if e < E:
-            positions = range(int(block_start[b]), min(int(block_start[b]) + block, int(end[e])))
+            positions = range(int(block_start[b]), int(block_end[b]))
             assert len(positions) > 0
             assert (expert[pair[list(positions)]] == e).all()
             seen += positions

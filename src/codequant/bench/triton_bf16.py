@@ -69,39 +69,13 @@ def _decode(
 
 
 @triton.jit
-def _grouped(
-    x,
-    pair_weight,
-    w,
-    out,
-    pair,
-    end,
-    block_expert,
-    block_start,
-    N,
-    E,
-    I: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATED: tl.constexpr,
-    SWAP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """GATED: x rows are tokens, out rows in expert order. Else x rows in expert order, out rows are pairs, weighted."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    pid_n = tl.program_id(0 if ROWS_FIRST else 1)
-    block = tl.program_id(1 if ROWS_FIRST else 0)
-    e = tl.load(block_expert + block)
-    if e >= E:
-        return
-    position = tl.load(block_start + block) + tl.arange(0, BM)
-    ok = position < tl.load(end + e)
+def _block(
+    x, pair_weight, w, out, pair, e, start, end, pid_n, N,
+    I: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    position = start + tl.arange(0, BM)
+    ok = position < end
     p = tl.load(pair + position, mask=ok, other=0)
     x_row = p // TOP_K if GATED else position
     n = pid_n * BN + tl.arange(0, BN)
@@ -141,6 +115,30 @@ def _grouped(
         gate.to(out.dtype.element_ty),
         mask=ok[:, None] & (n < N)[None, :],
     )
+
+
+@triton.jit
+def _grouped(
+    x, pair_weight, w, out, pair, end, block_expert, block_start, block_end, N, E,
+    I: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, ROWS_FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """GATED: x rows are tokens, out rows in expert order. Else x rows in expert order, out rows are pairs, weighted."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pid_n = tl.program_id(0 if ROWS_FIRST else 1)
+    block = tl.program_id(1 if ROWS_FIRST else 0)
+    e = tl.load(block_expert + block)
+    start = tl.load(block_start + block)
+    stop = tl.load(block_end + block)
+    if e >= E:
+        return
+    HALF: tl.constexpr = BM // 2 if SWAP or BM > 64 else BM  # as the codebook kernel does it
+    if stop - start <= HALF:
+        _block(x, pair_weight, w, out, pair, e, start, stop, pid_n, N, I, TOP_K, GATED, SWAP, HALF, BN, BK, STAGES)
+    else:
+        _block(x, pair_weight, w, out, pair, e, start, stop, pid_n, N, I, TOP_K, GATED, SWAP, BM, BN, BK, STAGES)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from codequant.kernels.triton.routing import Routing, max_blocks
 
 
 @triton.jit
-def _table(table, row):
-    """Four registers [BN, 1] of the rows' tables."""
-    p = table + row * 4
+def _tables(table, index):
+    """Four registers [BN, 1] of each of the tables [BN]."""
+    p = table + index * 4
     return tl.load(p)[:, None], tl.load(p + 1)[:, None], tl.load(p + 2)[:, None], tl.load(p + 3)[:, None]
 
 
@@ -41,7 +41,7 @@ def _add_products(acc, w0, w1, x0, x1, step, G: tl.constexpr):
 def _finish(
     high, low, scale, zero, step, row_sum, bias, row, G: tl.constexpr, PLANES: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """Accumulators [BN, BM] -> float32 results."""
+    """Accumulators [BN, BM] -> float32 results; scale and zero [BM]."""
     y = high.to(tl.float32)
     if PLANES == 2:
         y = y * 256.0 + low.to(tl.float32)
@@ -54,58 +54,15 @@ def _finish(
 
 
 @triton.jit
-def _grouped(
-    x_high,
-    x_low,
-    x_scale,
-    x_zero,
-    pair_weight,
-    packed,
-    table,
-    step,
-    row_sum,
-    bias,
-    out,
-    pair,
-    end,
-    block_expert,
-    block_start,
-    tokens,
-    N,
-    E,
-    TOP_K: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    ROUTED: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PLANES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """x planes int8 [rows, G * P]; packed uint8 [E, N or 2N, G * P / 2].
-
-    GATHER: position i in expert order reads x row pair[i] // TOP_K, else row i. SCATTER: it writes output row pair[i],
-    multiplied by pair_weight, else row i. Not ROUTED: one matrix, position i is token i.
-    """
-    pid_n = tl.program_id(0)
-    block = tl.program_id(1)
-    if ROUTED:
-        e = tl.load(block_expert + block)
-        if e >= E:
-            return
-        position = tl.load(block_start + block) + tl.arange(0, BM)
-        ok = position < tl.load(end + e)
-    else:
-        e = 0
-        position = block * BM + tl.arange(0, BM)
-        ok = position < tokens
+def _block(
+    x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, end, N,
+    TOP_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
+    position = start + tl.arange(0, BM)
+    ok = position < end
     x_row = position
     y_row = position
     if GATHER or SCATTER:
@@ -118,12 +75,11 @@ def _grouped(
     HALF: tl.constexpr = P // 2  # bytes of a group's row, and columns of each half of it
     PER_GROUP: tl.constexpr = (HALF + BK - 1) // BK
     EVEN: tl.constexpr = HALF % BK == 0
-    n = pid_n * BN + tl.arange(0, BN)
-    n_safe = tl.minimum(n, N - 1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     if GATED:
-        row = e.to(tl.int64) * (2 * N) + n_safe
+        row = tl.cast(e, tl.int64) * (2 * N) + tl.minimum(n, N - 1)
     else:
-        row = tl.cast(e, tl.int64) * N + n_safe
+        row = tl.cast(e, tl.int64) * N + tl.minimum(n, N - 1)
     k = tl.arange(0, BK)
     x_at = x_row.to(tl.int64)[:, None] * (G * P) + k[None, :]
     w_at = packed + row[:, None] * (G * HALF) + k[None, :]
@@ -134,38 +90,36 @@ def _grouped(
     gate_low = tl.zeros([BN, BM], DTYPE)
     up_low = tl.zeros([BN, BM], DTYPE)
     if G == 1:
-        t0, t1, t2, t3 = _table(table, row)
+        t0, t1, t2, t3 = _tables(table, row)
         if GATED:
-            u0, u1, u2, u3 = _table(table, row + N)
+            u0, u1, u2, u3 = _tables(table, row + N)
     if PDL:  # all of the above is older than the kernel before this one, the quantization
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for i in tl.range(0, G * PER_GROUP, num_stages=STAGES):
         g = i // PER_GROUP
         byte = (i % PER_GROUP) * BK
-        column = g * P + byte
         if EVEN:
             x_ok = ok[:, None]
+            w = tl.load(w_at + g * HALF + byte)
+            if GATED:
+                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte)
         else:
-            x_ok = ok[:, None] & (byte + k < HALF)[None, :]
+            inside = (byte + k < HALF)[None, :]
+            x_ok = ok[:, None] & inside
+            w = tl.load(w_at + g * HALF + byte, mask=inside, other=0)
+            if GATED:
+                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte, mask=inside, other=0)
+        column = g * P + byte
         x0 = tl.load(x_high + x_at + column, mask=x_ok, other=0)
         x1 = tl.load(x_high + x_at + column + HALF, mask=x_ok, other=0)
         if PLANES == 2:
             l0 = tl.load(x_low + x_at + column, mask=x_ok, other=0)
             l1 = tl.load(x_low + x_at + column + HALF, mask=x_ok, other=0)
-        if EVEN:
-            w = tl.load(w_at + g * HALF + byte)
-        else:
-            w = tl.load(w_at + g * HALF + byte, mask=(byte + k < HALF)[None, :], other=0)
-        if GATED:
-            if EVEN:
-                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte)
-            else:
-                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte, mask=(byte + k < HALF)[None, :], other=0)
         if G > 1:
-            t0, t1, t2, t3 = _table(table, row * G + g)
+            t0, t1, t2, t3 = _tables(table, row * G + g)
             if GATED:
-                u0, u1, u2, u3 = _table(table, (row + N) * G + g)
+                u0, u1, u2, u3 = _tables(table, (row + N) * G + g)
         w0, w1 = lookup_bytes(w, t0, t1, t2, t3)
         gate = _add_products(gate, w0, w1, x0, x1, step + row * G + g, G)
         if PLANES == 2:
@@ -178,17 +132,51 @@ def _grouped(
 
     scale = tl.load(x_scale + x_row, mask=ok, other=0.0)
     zero = tl.load(x_zero + x_row, mask=ok, other=0.0)
-    y = _finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS)
+    y = activate(_finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS), ACTIVATION)
     if GATED:
-        y = activate(y, ACTIVATION) * _finish(
-            up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS
-        )
-    else:
-        y = activate(y, ACTIVATION)
+        y *= _finish(up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS)
     if SCATTER:
-        y = y * tl.load(pair_weight + y_row, mask=ok, other=0.0).to(tl.float32)[None, :]
+        y *= tl.load(pair_weight + y_row, mask=ok, other=0.0).to(tl.float32)[None, :]
     target = out + y_row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(target, tl.trans(y.to(out.dtype.element_ty)), mask=ok[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _grouped(
+    x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
+    pair, end, block_expert, block_start, block_end, tokens, N, E,
+    TOP_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROUTED: tl.constexpr, GATHER: tl.constexpr,
+    SCATTER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """x planes int8 [rows, G * P]; packed uint8 [E, N or 2N, G * P / 2].
+
+    GATHER: position i in expert order reads x row pair[i] // TOP_K, else row i. SCATTER: it writes output row pair[i],
+    multiplied by pair_weight, else row i. Not ROUTED: one matrix, position i is token i.
+    """
+    block = tl.program_id(1)
+    if ROUTED:
+        e = tl.load(block_expert + block)
+        start = tl.load(block_start + block)
+        stop = tl.load(block_end + block)
+        if e >= E:
+            return
+    else:
+        e = 0
+        start = block * BM
+        stop = tokens
+    # An expert's last block, often its only one, is short: half of them take half of the products.
+    if stop - start <= BM // 2:
+        _block(
+            x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop,
+            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, BM // 2, BN, BK, STAGES, PDL,
+        )  # fmt: skip
+    else:
+        _block(
+            x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop,
+            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, BM, BN, BK, STAGES, PDL,
+        )  # fmt: skip
 
 
 def grouped(
@@ -219,7 +207,7 @@ def grouped(
     P = padded_group(weight.in_features // G)
     scatter = pair_weight is not None
     if routing is None:
-        positions, blocks, lists = len(high), triton.cdiv(len(high), tokens), [scale] * 4
+        positions, blocks, lists = len(high), triton.cdiv(len(high), tokens), [scale] * 5
     else:
         positions, lists = len(routing.pair), routing.tensors
         blocks = max_blocks(positions, E, tokens)
@@ -229,7 +217,7 @@ def grouped(
         weight.step, weight.row_sum, bias if bias is not None else scale, out, *lists, positions, N, E,
         TOP_K=top_k, G=G, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
-        BM=tokens, BN=tile.rows, BK=min(tile.bytes, triton.next_power_of_2(P // 2)), STAGES=tile.stages,
-        PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
+        BM=tokens, BN=tile.rows, BK=min(tile.bytes, triton.next_power_of_2(P // 2)),
+        STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -24,10 +24,11 @@ class Routing:
     end: Tensor  # int32 [E]: position after the expert's last pair
     block_expert: Tensor  # int32 [blocks]: E where there is no such block
     block_start: Tensor  # int32 [blocks]: position of its first pair
+    block_end: Tensor  # int32 [blocks]: position after its last pair
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.pair, self.end, self.block_expert, self.block_start]
+        return [self.pair, self.end, self.block_expert, self.block_start, self.block_end]
 
 
 def max_blocks(pairs: int, experts: int, block: int) -> int:
@@ -39,7 +40,7 @@ def empty_routing(expert: Tensor, experts: int) -> Routing:
     """Room for any block size; the sizes are plain functions of the shapes, as torch.compile needs them."""
     pairs = expert.numel()
     blocks = experts + pairs // MIN_BLOCK
-    sizes = (pairs, experts, blocks, blocks)
+    sizes = (pairs, experts, blocks, blocks, blocks)
     return Routing(*(torch.empty(size, dtype=torch.int32, device=expert.device) for size in sizes))
 
 
@@ -70,6 +71,7 @@ def _place(
     end,
     block_expert,
     block_start,
+    block_end,
     pairs,
     E,
     blocks,
@@ -87,11 +89,12 @@ def _place(
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
     e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
-    own = tl.histogram(e, BINS)
     if CHUNKS == 1:
         total = tl.histogram(_bins(expert, 0, pairs, E, LENGTH), BINS)
+        own = total  # of the only program that has a chunk
         before = tl.zeros([BINS], tl.int32)
     else:
+        own = tl.histogram(e, BINS)
         rows = tl.arange(0, CHUNKS)
         in_use = rows * LENGTH < pairs
         table = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=in_use[:, None], other=0)
@@ -108,8 +111,10 @@ def _place(
     of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [SHARE], BINS past the last block
     here = (bins[None, :] == of[:, None]).to(tl.int32)
     at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
+    last = tl.sum(here * (start + total)[None, :], 1)
     tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
     tl.store(block_start + b, at, mask=b < blocks)
+    tl.store(block_end + b, tl.minimum(at + BM, last), mask=b < blocks)
     if chunk * LENGTH < pairs:
         # A chunk sorted by (expert, position) holds each expert's pairs side by side, from own_start[e] on.
         own_start = tl.cumsum(own, 0) - own
