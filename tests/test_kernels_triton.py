@@ -92,7 +92,7 @@ def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
     x[1] = 1.25  # a constant token has no range
     x[2] = x[2].abs()
     expected = reference.quantize_activation(x, bits, 0.9)
-    high, _, scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, pdl=False, early=False))
+    high, _, scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, pdl=False))
     shift = 2 ** (bits - 1)
     assert torch.equal(high[:, :83].int() + shift, expected.level.int())
     assert not high[:, 83:].any()
@@ -197,12 +197,9 @@ def check_experts(
     index_there, weights_there = index.to(device), weights.to(device)
     y = backend.experts(x.to(device), index_there, weights_there, prepared)
     assert y.dtype == dtype
-    in_pair_order = decodes(T, T * k, E)
-    order = (
-        torch.arange(T * k)
-        if in_pair_order
-        else ops.route(index_there, E, max(experts.input_bits, experts.down_bits))[0].cpu().long()
-    )
+    layer_bits = max(experts.input_bits, experts.down_bits)
+    in_pair_order = decodes(T, T * k, E, planes=2 if layer_bits == 16 else 1)
+    order = torch.arange(T * k) if in_pair_order else ops.route(index_there, E, layer_bits)[0].cpu().long()
     hidden = torch.empty(T * k, experts.down.in_features, dtype=torch.float64)
     hidden[order] = caught[0].double().cpu()
 

@@ -17,33 +17,62 @@ from codequant.kernels.triton.ptx import dp4a, lookup_words
 
 
 @triton.jit
-def _table(table, index, mask):
+def _table(table, index):
     """The four registers of each table, index counting tables."""
-    p = table + index * 4
-    return (
-        tl.load(p, mask=mask, other=0),
-        tl.load(p + 1, mask=mask, other=0),
-        tl.load(p + 2, mask=mask, other=0),
-        tl.load(p + 3, mask=mask, other=0),
-    )
+    low, high = tl.load(table + index * 2), tl.load(table + index * 2 + 1)
+    return low.to(tl.int32), (low >> 32).to(tl.int32), high.to(tl.int32), (high >> 32).to(tl.int32)
+
+
+@triton.jit
+def _row_parameters(table, step, row_sum, bias, row, G: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """(tables [SLOTS, BN, 1], steps, sums, biases) of rows [SLOTS, BN]; tables and steps for one group per row."""
+    if G == 1:
+        own_table = _table(table, row[:, :, None])
+        own_step = tl.load(step + row)
+    else:
+        own_table = (0, 0, 0, 0)
+        own_step = tl.full(row.shape, 1.0, tl.float32)
+    if HAS_BIAS:
+        own_bias = tl.load(bias + row).to(tl.float32)
+    else:
+        own_bias = tl.zeros(row.shape, tl.float32)
+    return own_table, own_step, tl.load(row_sum + row), own_bias
+
+
+@triton.jit
+def _activations(x, x_at, live, word, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr):
+    """What meets the two halves of each weight word: int32 [SLOTS, BW] each."""
+    at = x_at[:, None] + (word + word // WORDS_PER_GROUP * WORDS_PER_GROUP)[None, :]  # a group's second half is next
+    mask = live[:, None] & (word < WORDS)[None, :]
+    return tl.load(x + at, mask=mask, other=0), tl.load(x + at + WORDS_PER_GROUP, mask=mask, other=0)
 
 
 @triton.jit
 def _accumulate(
-    acc, packed, first, second, table, step, row, word, mask, G: tl.constexpr, WORDS_PER_GROUP: tl.constexpr
+    acc, packed, first, second, own_table, table, step, row, word, G: tl.constexpr, WORDS_PER_GROUP: tl.constexpr
 ):
     """acc [SLOTS, BN, BW] += products of this chunk, in integers for one group per row, else scaled in float32."""
     if G == 1:
-        t0, t1, t2, t3 = _table(table, row[:, :, None], row[:, :, None] >= 0)
+        t0, t1, t2, t3 = own_table
         w0, w1 = lookup_words(packed, t0, t1, t2, t3)
         acc = dp4a(w1, second[:, None, :], dp4a(w0, first[:, None, :], acc))
     else:
-        index = row[:, :, None] * G + (word // WORDS_PER_GROUP)[None, None, :]
-        t0, t1, t2, t3 = _table(table, index, mask)
+        index = row[:, :, None] * G + tl.minimum(word // WORDS_PER_GROUP, G - 1)[None, None, :]
+        t0, t1, t2, t3 = _table(table, index)
         w0, w1 = lookup_words(packed, t0, t1, t2, t3)
         dot = dp4a(w1, second[:, None, :], dp4a(w0, first[:, None, :], tl.zeros(packed.shape, tl.int32)))
-        acc += dot.to(tl.float32) * tl.load(step + index, mask=mask, other=0.0)
+        acc += dot.to(tl.float32) * tl.load(step + index)
     return acc
+
+
+@triton.jit
+def _finish(high, low, scale, zero, parameters, PLANES: tl.constexpr):
+    """Accumulators [SLOTS, BN, BW] -> float32 results [SLOTS, BN]."""
+    _, step, row_sum, bias = parameters
+    y = tl.sum(high, 2).to(tl.float32)
+    if PLANES == 2:
+        y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
+    return y * step * scale[:, None] + zero[:, None] * row_sum + bias
 
 
 @triton.jit
@@ -76,7 +105,8 @@ def _decode(
     BW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (blocks of BN rows, outputs); x planes int32 [rows, 2 * WORDS], four activations each.
+    """Grid (outputs, blocks of BN rows), for outputs of one expert to find its rows in the cache; x planes int32
+    [rows, 2 * WORDS], four activations each.
 
     Without REDUCE output q is pair q, of token q // TOP_K; with it output q is token q and sums its TOP_K pairs, which
     sit side by side in SLOTS, a power of two. GATED: rows N..2N hold `up`, rows 0..N the gate, and the output is
@@ -84,8 +114,8 @@ def _decode(
     """
     WORDS: tl.constexpr = G * WORDS_PER_GROUP
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    q = tl.program_id(1)
+    q = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     slot = tl.arange(0, SLOTS)
     if REDUCE:
         live = slot < TOP_K
@@ -112,6 +142,12 @@ def _decode(
     gate_next = tl.load(weight + c[None, None, :], mask=ahead, other=0)
     if GATED:
         up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
+    # One way to memory for all that a program needs: a second one at its end would cost as much again.
+    gate_rows = _row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
+    if GATED:
+        up_rows = _row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
+    if REDUCE:
+        share = tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -121,10 +157,9 @@ def _decode(
     up = tl.zeros([SLOTS, BN, BW], DTYPE)
     gate_low = tl.zeros([SLOTS, BN, BW], DTYPE)
     up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
-    x_base = x_row.to(tl.int64) * (2 * WORDS)
+    x_at = x_row.to(tl.int64) * (2 * WORDS)
     for i in tl.static_range(CHUNKS):
         word = i * BW + c
-        mask = live[:, None, None] & (word < WORDS)[None, None, :]
         gate_words = gate_next
         if GATED:
             up_words = up_next
@@ -134,64 +169,29 @@ def _decode(
             if GATED:
                 up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
 
-        x_word = word + word // WORDS_PER_GROUP * WORDS_PER_GROUP  # a group's second half follows its first
-        x_at = x_base[:, None] + x_word[None, :]
-        x_mask = live[:, None] & (word < WORDS)[None, :]
-        first = tl.load(x_high + x_at, mask=x_mask, other=0)
-        second = tl.load(x_high + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
-        gate = _accumulate(gate, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP)
+        first, second = _activations(x_high, x_at, live, word, WORDS, WORDS_PER_GROUP)
+        gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
         if GATED:
-            up = _accumulate(up, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP)
+            up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
         if PLANES == 2:
-            first = tl.load(x_low + x_at, mask=x_mask, other=0)
-            second = tl.load(x_low + x_at + WORDS_PER_GROUP, mask=x_mask, other=0)
+            first, second = _activations(x_low, x_at, live, word, WORDS, WORDS_PER_GROUP)
             gate_low = _accumulate(
-                gate_low, gate_words, first, second, table, step, row, word, mask, G, WORDS_PER_GROUP
+                gate_low, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP
             )
             if GATED:
                 up_low = _accumulate(
-                    up_low, up_words, first, second, table, step, row + N, word, mask, G, WORDS_PER_GROUP
+                    up_low, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP
                 )
 
     scale = tl.load(x_scale + x_row, mask=live, other=0.0)
     zero = tl.load(x_zero + x_row, mask=live, other=0.0)
-    y = _finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS)
+    y = activate(_finish(gate, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
     if GATED:
-        y = activate(y, ACTIVATION) * _finish(
-            up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS
-        )
-    else:
-        y = activate(y, ACTIVATION)
+        y *= _finish(up, up_low, scale, zero, up_rows, PLANES)
     if REDUCE:
-        y = y * tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)[:, None]
+        y = y * share[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)  # [BN]
     tl.store(out + q.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def _finish(
-    high,
-    low,
-    scale,
-    zero,
-    step,
-    row_sum,
-    bias,
-    row,
-    G: tl.constexpr,
-    PLANES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Accumulators [SLOTS, BN, BW] -> float32 results [SLOTS, BN]."""
-    y = tl.sum(high, 2).to(tl.float32)
-    if PLANES == 2:
-        y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
-    if G == 1:
-        y = y * tl.load(step + row)
-    y = y * scale[:, None] + zero[:, None] * tl.load(row_sum + row)
-    if HAS_BIAS:
-        y += tl.load(bias + row).to(tl.float32)
-    return y
 
 
 def decode(
@@ -217,9 +217,10 @@ def decode(
     outputs = len(high) // top_k if reduce else len(high) * top_k
     out = torch.empty(outputs, N, dtype=out_dtype, device=high.device)
     words_per_group = padded_group(weight.in_features // weight.groups) // 8
-    _decode[(triton.cdiv(N, config.rows), outputs)](
+    _decode[(outputs, triton.cdiv(N, config.rows))](
         high.view(torch.int32), low.view(torch.int32), scale, zero, expert if expert is not None else scale,
-        pair_weight if reduce else scale, *weight.tensors, bias if bias is not None else scale, out, N, E,
+        pair_weight if reduce else scale, weight.words, weight.table.view(torch.int64), weight.step, weight.row_sum,
+        bias if bias is not None else scale, out, N, E,
         TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,

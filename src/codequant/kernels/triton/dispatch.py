@@ -13,7 +13,7 @@ import torch
 @dataclass(frozen=True)
 class DecodeConfig:
     rows: int  # weight rows per program
-    words: int  # 32-bit weight words per row and step
+    words: int  # 32-bit weight words per row and step, at most
     warps: int
 
 
@@ -39,9 +39,9 @@ class GroupedConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """For a single matrix, which has few rows to occupy the GPU with."""
+    """For a single matrix, whose results are few enough that their number decides how finely to cut them."""
 
-    batch: float  # the largest number of tokens that this serves
+    results: float  # tokens times weight rows: the most that this serves
     tokens: int
     tile: Tile
 
@@ -62,55 +62,73 @@ class DenseConfig:
 class Generation:
     """Configurations of one GPU generation."""
 
-    decode_up: DecodeConfig  # also for single matrices
-    decode_down: DecodeConfig  # a program sums a token's experts
-    decode_down_few: DecodeConfig  # where those are one or two
+    decode_up: DecodeConfig
+    decode_down: DecodeConfig  # for one token; a program sums its experts
+    decode_down_tokens: DecodeConfig  # for several
+    decode_down_few: DecodeConfig  # where the experts of a token are one or two
     grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
-    linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending batch
+    decode_linear: dict[int, DecodeConfig]  # by planes of the activations
+    linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending results
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
     dense_linear: DenseConfig
     dense_experts: DenseConfig
+
+    def pick_down(self, tokens: int, top_k: int) -> DecodeConfig:
+        if top_k <= 2:
+            return self.decode_down_few
+        return self.decode_down if tokens == 1 else self.decode_down_tokens
 
     def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
         """Configuration for expert-sorted blocks."""
         return next(config for config in self.grouped[planes] if tokens_per_expert <= config.density)
 
-    def pick_linear(self, planes: int, tokens: int) -> LinearConfig:
-        return next(config for config in self.linear[planes] if tokens <= config.batch)
+    def pick_linear(self, planes: int, results: int) -> LinearConfig:
+        return next(config for config in self.linear[planes] if results <= config.results)
 
 
 WIDE = 4096
 
 
-def decodes(tokens: int, pairs: int, experts: int) -> bool:
+def decodes(tokens: int, pairs: int, experts: int, planes: int) -> bool:
     """Whether the decode kernel runs a batch: it reads an expert once per pair, the other once per block of tokens."""
-    return tokens <= 2 or pairs <= experts // 4
+    return tokens == 1 or pairs * planes <= experts // 2
 
 
-_NARROW, _LONG = Tile(64, 64, 4, 4), Tile(64, 256, 4, 3)
 _HUGE = float("inf")
 _GROUPED: dict[int, tuple[GroupedConfig, ...]] = {
     1: (
-        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
+        GroupedConfig(16, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 3)),
         GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
         GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
         GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
     ),
     2: (
-        GroupedConfig(16, 16, Tile(64, 128, 4, 3), _NARROW, _LONG),
-        GroupedConfig(48, 32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
+        GroupedConfig(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 256, 4, 3)),
+        GroupedConfig(48, 64, Tile(64, 64, 4, 4), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
         GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
     ),
 }
-_LINEAR = (LinearConfig(32, 16, Tile(32, 256, 2, 3)), LinearConfig(128, 64, Tile(64, 128, 4, 3)))
-_LINEARS: dict[int, tuple[LinearConfig, ...]] = {
-    1: (*_LINEAR, LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3))),
-    2: (*_LINEAR, LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3))),
+_DECODE_LINEAR = {1: DecodeConfig(8, 128, 4), 2: DecodeConfig(8, 64, 4)}
+_FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
+_LINEAR: dict[int, tuple[LinearConfig, ...]] = {
+    1: (
+        _FEW,
+        LinearConfig(2**19, 32, Tile(64, 256, 4, 3)),
+        LinearConfig(2**21, 128, Tile(64, 128, 4, 3)),
+        LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3)),
+    ),
+    2: (
+        _FEW,
+        LinearConfig(2**18, 32, Tile(64, 256, 4, 3)),
+        LinearConfig(2**19, 32, Tile(64, 128, 4, 4)),
+        LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
+        LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3)),
+    ),
 }
-_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(2, 256, 4))
+_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(16, 32, 8), DecodeConfig(2, 256, 4))
 _DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(256, 0), DenseConfig(1024, 4096)
-HOPPER = Generation(*_DECODE, _GROUPED, _LINEARS, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
-AMPERE = Generation(*_DECODE, _GROUPED, _LINEARS, 0, _DENSE_LINEAR, _DENSE_EXPERTS)
+HOPPER = Generation(*_DECODE, _GROUPED, _DECODE_LINEAR, _LINEAR, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
+AMPERE = Generation(*_DECODE, _GROUPED, _DECODE_LINEAR, _LINEAR, 0, _DENSE_LINEAR, _DENSE_EXPERTS)
 
 
 @cache

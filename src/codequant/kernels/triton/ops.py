@@ -51,10 +51,10 @@ def linear(
         return x.new_empty(0, w.out_features)
     if planes == 2 and x.itemsize == 2 and chip.dense_linear.serves(tokens, in_features):
         return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
-    q = quantize(x, w.groups, activation_bits, clip, pdl, early=True)
-    if decodes(tokens, tokens, 1):
-        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_up, pdl)
-    config = chip.pick_linear(planes, tokens)
+    q = quantize(x, w.groups, activation_bits, clip, pdl, overlap="after")
+    if tokens <= 2:
+        return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_linear[planes], pdl)
+    config = chip.pick_linear(planes, tokens * w.out_features)
     return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.tile, pdl)
 
 
@@ -67,7 +67,7 @@ def _(x, weight, in_features, bias, activation_bits, clip):
 def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
     """expert [T, top_k] -> the tensors of a Routing, whose blocks suit activations of so many bits."""
     chip, pairs = generation(expert.device), expert.numel()
-    if decodes(len(expert), pairs, experts):
+    if decodes(len(expert), pairs, experts, _planes(layer_bits)):
         return empty_routing(expert, experts).tensors
     config = chip.pick(_planes(layer_bits), pairs / experts)
     return launch_route(expert.contiguous(), experts, config.tokens, pairs <= chip.pdl_rows).tensors
@@ -99,9 +99,10 @@ def expert_up(
     if _dense(x, w, activation_bits, expert.numel() / len(w.words)):
         lists = Routing(*routing)
         return gate(dense_experts(x[lists.pair // top_k], w, bias, expert, lists), gated, activation)
-    q = quantize(x, w.groups, activation_bits, clip, pdl, early=False)  # the expert lists are the kernel's before
-    if decodes(tokens, expert.numel(), len(w.words)):
+    if decodes(tokens, expert.numel(), len(w.words), _planes(layer_bits)):
+        q = quantize(x, w.groups, activation_bits, clip, pdl)
         return decode(q, w, bias, expert, None, top_k, gated, activation, planes, x.dtype, chip.decode_up, pdl)
+    q = quantize(x, w.groups, activation_bits, clip, pdl, overlap="before")
     config = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
     return grouped(
         q, w, bias, Routing(*routing), None, top_k, gated, activation, planes, x.dtype, config.tokens, config.up, pdl
@@ -135,10 +136,10 @@ def expert_down(
         lists = Routing(*routing)
         y = weighted_pairs(dense_experts(hidden, w, bias, expert, lists), pair_weight, lists)
         return combine(y, expert, len(w.words), top_k, hidden.dtype, pdl)
-    q = quantize(hidden, w.groups, activation_bits, clip, pdl, early=True)  # `expert_up` has waited for the lists
-    if decodes(tokens, expert.numel(), len(w.words)):
-        config = chip.decode_down if top_k > 2 else chip.decode_down_few
-        return decode(q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, config, pdl)
+    q = quantize(hidden, w.groups, activation_bits, clip, pdl, overlap="after")  # `expert_up` has waited for the lists
+    if decodes(tokens, expert.numel(), len(w.words), _planes(layer_bits)):
+        down = chip.pick_down(tokens, top_k)
+        return decode(q, w, bias, expert, pair_weight, top_k, False, "none", planes, hidden.dtype, down, pdl)
     block = chip.pick(_planes(layer_bits), expert.numel() / len(w.words))
     tile = block.wide_down if in_features > WIDE else block.down
     y = grouped(
