@@ -7,7 +7,10 @@ adds the fixed-point error, at most max |x| / 65024 per input element.
 """
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -451,3 +454,16 @@ def test_compile_and_cuda_graph_give_the_eager_result(T: int) -> None:
     x.copy_(other_x), index.copy_(other_index), weights.copy_(other_weights)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.slow
+def test_every_tile_fits_into_the_smallest_shared_memory() -> None:
+    """A program on a GPU of compute capability 8.9 has 99 KiB, the least of those that the backend runs on."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_shared_memory.py")
+    run = subprocess.run([sys.executable, script, "89"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) > 10
+    too_large = [line for line in lines if int(line.split()[0]) > 99 * 1024]
+    assert not too_large
