@@ -53,6 +53,7 @@ class CodequantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        from codequant.runtime.read_ahead import read_ahead
         from codequant.runtime.replacement import replace_modules
         from codequant.verification import check_model_files
 
@@ -62,7 +63,9 @@ class CodequantQuantizer(HfQuantizer):
                 f"{type(model).__name__}: expected {model.config.architectures}, loaded by AutoModelForCausalLM"
             )
         if checkpoint_files is not None:
-            check_model_files(model, config, map(Path, checkpoint_files))
+            files = [Path(file) for file in checkpoint_files]
+            check_model_files(model, config, files)
+            read_ahead(files)
         self.transforms = replace_modules(model, config)
         kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(model.dtype)]
         self.dtypes = {
