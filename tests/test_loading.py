@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +245,19 @@ def test_weights_are_read_ahead_once_the_folder_is_whole(sharded, monkeypatch):
     with pytest.raises(VerificationError):
         AutoModelForCausalLM.from_pretrained(sharded)
     assert not asked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_files_of_repacked_weights_leave_memory(tmp_path):
+    config = QuantizationConfig(ignore=("*.gate", "lm_head"))
+    quantize_rtn_checkpoint(random_model("mixtral"), tmp_path, config, shards=6)
+    files = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    model, _ = codequant.load(tmp_path, dtype=torch.float32)  # as in the files: another type takes a copy anyway
+    with torch.no_grad():
+        model(random_tokens(model))
+    maps = Path("/proc/self/maps").read_text()
+    mapped = {name for name in files.values() if f"{tmp_path}/{name}" in maps}
+    assert mapped == {files["model.embed_tokens.weight"], files["lm_head.weight"]} < set(files.values())
 
 
 def test_expected_tensors_of_fused_experts():

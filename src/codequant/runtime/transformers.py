@@ -75,11 +75,13 @@ class CodequantQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        # transformers 5.17 leaves every renamed tensor of a quantized checkpoint in the type of the file.
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        large = {id(module.weight) for module in embeddings if module is not None}
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
+            # transformers 5.17 leaves every renamed tensor of a quantized checkpoint in the type of the file. And one
+            # norm that stays a view of the mapped file would keep all of it in memory, beside the repacked weights.
+            tensor.data = tensor.data.to(dtype, copy=id(tensor) not in large)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Every name comes from our table; transformers' converters merge the experts that stay plain."""
