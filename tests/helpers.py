@@ -28,7 +28,7 @@ from transformers import (
 from codequant import packing
 from codequant.checkpoint_names import matrices, parameter_sources
 from codequant.hadamard import hadamard_matrix
-from codequant.packing import PackedWeight
+from codequant.packing import PackedParts, PackedWeight
 from codequant.quantization_config import QuantizationConfig
 
 # Odd where the architecture allows it: hidden sizes that are no power of two, grouped queries, a dense first layer.
@@ -256,3 +256,10 @@ def sweep_case(
         groups = (torch.arange(I) // (I // G)).expand(B, I)
         indices = torch.randint(0, K, (B, O, I), generator=generator).to(torch.uint8)
     return target, matrix, codebook, groups, indices
+
+
+def in_parts(weight: PackedWeight, each: int) -> PackedParts:
+    """A stack [E, O, I] as `each` tensors for every matrix, as a checkpoint has them."""
+    count = len(weight.packed)
+    split = ([t.clone() for t in getattr(weight, s).flatten(0, 1).chunk(count * each)] for s in packing.SUFFIXES)
+    return PackedParts([PackedWeight(*tensors, weight.in_features) for tensors in zip(*split, strict=True)], count)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_parts
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from codequant import kernels, native
 from codequant.errors import InputError
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
-from codequant.packing import PackedWeight, pack, unpack
+from codequant.packing import PackedParts, PackedWeight, pack, unpack
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 
@@ -194,7 +195,7 @@ def assert_experts_equal_twin(x: Tensor, index: Tensor, weights: Tensor, experts
     tolerance = torch.zeros_like(expected)
     gate_up, down = experts.gate_up, experts.down
     assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
-    for t, k in [(t, k) for t in range(len(x)) for k in range(index.shape[1]) if index[t, k] < experts.num_experts]:
+    for t, k in [(t, k) for t in range(len(x)) for k in range(index.shape[1]) if index[t, k] < len(gate_up.packed)]:
         e = index[t, k]
         first = PackedWeight(gate_up.packed[e], gate_up.codebook[e], gate_up.step[e], gate_up.in_features)
         second = PackedWeight(down.packed[e], down.codebook[e], down.step[e], down.in_features)
@@ -313,6 +314,36 @@ def test_restore_experts(gate: bool) -> None:
                 assert torch.equal(before, after)
             else:
                 assert all(torch.equal(getattr(before, f), getattr(after, f)) for f in ("packed", "codebook", "step"))
+
+
+@pytest.mark.parametrize("activation", ["silu", None])  # None: gate and up in one matrix, with a panel across the two
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_experts_in_parts_are_repacked_without_joining_them(
+    bits: int, gate: bool, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(random_experts(3, 41, 17, 33, bits=bits, gate=gate), activation=activation)
+    assert isinstance(whole.gate_up, PackedWeight) and isinstance(whole.down, PackedWeight)
+    parts = replace(whole, gate_up=in_parts(whole.gate_up, 2 if gate else 1), down=in_parts(whole.down, 1))
+    joined = PackedParts.joined
+    small = {"codebook": joined, "step": joined}
+    monkeypatch.setattr(PackedParts, "joined", lambda self, suffix: small[suffix](self, suffix))
+    found, expected = cpu.prepare_experts(parts), cpu.prepare_experts(whole)
+    for a, b in ((found.gate_up, expected.gate_up), (found.down, expected.down)):
+        assert isinstance(a, cpu.Panels) and isinstance(b, cpu.Panels)
+        assert a.shape == b.shape and a.stack == b.stack and torch.equal(a.data, b.data)
+
+
+def test_the_reference_takes_experts_in_parts() -> None:
+    whole = random_experts(3, 41, 17, 33, input_bits=8)
+    assert isinstance(whole.gate_up, PackedWeight) and isinstance(whole.down, PackedWeight)
+    parts = replace(whole, gate_up=in_parts(whole.gate_up, 2), down=in_parts(whole.down, 1))
+    x, routing = torch.randn(6, 41), random_routing(6, 2, 3)
+    expected = reference.experts(x, *routing, whole)
+    assert torch.equal(reference.experts(x, *routing, parts), expected)
+    prepared = reference.prepare_experts(parts)
+    assert isinstance(prepared.gate_up, PackedWeight) and isinstance(prepared.down, PackedWeight)  # joined only once
+    assert torch.equal(reference.experts(x, *routing, prepared), expected)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_parts
 from torch import Tensor
 from torch.nn import functional as F
 
 from codequant.kernels import reference
 from codequant.kernels.reference import ExpertWeights
-from codequant.packing import PackedWeight, groups_per_row, pack, unpack
+from codequant.packing import SUFFIXES, PackedWeight, groups_per_row, pack, unpack
 
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
 
@@ -84,6 +85,18 @@ def test_restore_gives_back_what_was_prepared(bits: int, shape: tuple[int, ...],
     assert restored.in_features == weight.in_features
     for name in ("packed", "codebook", "step"):
         assert torch.equal(getattr(restored, name), getattr(weight, name)), name
+
+
+@pytest.mark.parametrize("quantized", ["both", "gate_up"])
+def test_restore_gives_back_experts_in_parts_joined(quantized: str) -> None:
+    whole = random_experts(3, 40, 17, 33)
+    assert isinstance(whole.gate_up, PackedWeight) and isinstance(whole.down, PackedWeight)
+    down = in_parts(whole.down, 1) if quantized == "both" else torch.randn(3, 33, 17)
+    restored = backend.restore(backend.prepare_experts(replace(whole, gate_up=in_parts(whole.gate_up, 2), down=down)))
+    assert isinstance(restored, ExpertWeights) and isinstance(restored.gate_up, PackedWeight)
+    assert all(torch.equal(getattr(restored.gate_up, s), getattr(whole.gate_up, s)) for s in SUFFIXES)
+    if quantized == "both":
+        assert isinstance(restored.down, PackedWeight) and torch.equal(restored.down.packed, whole.down.packed)
 
 
 # ------------------------------------------------------------------------------------------------------ activations
@@ -191,7 +204,7 @@ def check_experts(
 ) -> None:
     """Stage by stage, so that a level of the intermediate that lies near a tie cannot blur the comparison: the
     intermediate against its twin, then the result against the twin of `down` on the kernels' own intermediate."""
-    E, k = experts.num_experts, index.shape[1]
+    E, k = len(experts.down.packed), index.shape[1]
     caught: list[Tensor] = []
     prepared = backend.prepare_experts(
         replace(moved(experts, device), down_transform=lambda h: caught.append(h.clone()) or h)
@@ -237,7 +250,7 @@ def check_experts(
 
 
 def check_random_routing(experts: ExpertWeights, device: torch.device, T: int, k: int, **kwargs) -> None:
-    index, weights = random_routing(T, experts.num_experts, k, torch.Generator().manual_seed(T + k))
+    index, weights = random_routing(T, len(experts.down.packed), k, torch.Generator().manual_seed(T + k))
     check_experts(experts, device, T, index, weights, **kwargs)
 
 

@@ -1,8 +1,10 @@
 """A folder that is not whole never loads: each defect is one line that names what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import codequant
+from codequant.bench.cpu import forget
 from codequant.checkpoint_names import skeleton
 from codequant.errors import InputError, VerificationError
 from codequant.quantization_config import QuantizationConfig, Scheme
+from codequant.runtime import read_ahead
 from codequant.verification import INDEX, WEIGHTS, check_tensors, expected_tensors
 
 STEP = "model.layers.1.block_sparse_moe.experts.2.w3.weight_step"
@@ -206,6 +210,54 @@ def test_what_is_not_quantized_takes_the_asked_type(stored, dtype, tmp_path):
     assert found == {dtype}
     with torch.no_grad():
         assert bool(model(random_tokens(model)).logits.isfinite().all())
+
+
+def cached(file):
+    """Whether the system has all of a file in memory."""
+    with file.open("rb", buffering=0) as handle:
+        try:
+            return os.preadv(handle.fileno(), [bytearray(file.stat().st_size)], 0, os.RWF_NOWAIT) == file.stat().st_size
+        except BlockingIOError:
+            return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is read ahead")
+def test_files_are_read_ahead(tmp_path):
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_bytes(bytes(2**22 + 1))
+    forget(files)
+    if any(map(cached, files)):
+        pytest.skip("this file system lives in memory")
+    read_ahead.read_ahead(files).join()
+    assert all(map(cached, files))
+    read_ahead.read_ahead([tmp_path / "nowhere", *files]).join()  # only a hint
+
+
+def test_weights_are_read_ahead_once_the_folder_is_whole(sharded, monkeypatch):
+    asked = []
+    monkeypatch.setattr(read_ahead, "read_ahead", asked.extend)
+    codequant.load(sharded)
+    assert asked == sorted(sharded.glob("*.safetensors"))
+    asked.clear()
+    data = (sharded / SHARD).read_bytes()
+    (sharded / SHARD).write_bytes(data[:-1])
+    with pytest.raises(VerificationError):
+        AutoModelForCausalLM.from_pretrained(sharded)
+    assert not asked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_files_of_repacked_weights_leave_memory(tmp_path):
+    config = QuantizationConfig(ignore=("*.gate", "lm_head"))
+    quantize_rtn_checkpoint(random_model("mixtral"), tmp_path, config, shards=6)
+    files = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    model, _ = codequant.load(tmp_path, dtype=torch.float32)  # as in the files: another type takes a copy anyway
+    with torch.no_grad():
+        model(random_tokens(model))
+    maps = Path("/proc/self/maps").read_text()
+    mapped = {name for name in files.values() if f"{tmp_path}/{name}" in maps}
+    assert mapped == {files["model.embed_tokens.weight"], files["lm_head.weight"]} < set(files.values())
 
 
 def test_expected_tensors_of_fused_experts():

@@ -207,6 +207,7 @@ class ScramblingBackend:
         return scrambled, threading.Lock()
 
     def prepare_experts(self, experts):
+        experts = reference.prepare_experts(experts)
         return experts, self.prepare_linear(experts.gate_up), self.prepare_linear(experts.down)
 
     def restore(self, prepared):

@@ -50,6 +50,38 @@ class PackedWeight:
         return self.in_features // self.codebook.shape[-2]
 
 
+@dataclass(frozen=True)
+class PackedParts:
+    """A stack of E matrices [E, O, I] whose rows lie in several tensors, in order and equally many in each: gate and up
+    of every expert, as most checkpoints have them. To join them is a copy that a backend may avoid."""
+
+    parts: list[PackedWeight]  # E * P of [O / P, I], with the same bits and groups
+    matrices: int  # E
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
+
+    @property
+    def group_size(self) -> int:
+        return self.parts[0].group_size
+
+    def tensors(self, suffix: str) -> list[Tensor]:
+        return [getattr(part, suffix) for part in self.parts]
+
+    def joined(self, suffix: str) -> Tensor:
+        """[E, O, ...]."""
+        return torch.cat(self.tensors(suffix)).unflatten(0, (self.matrices, -1))
+
+    def join(self) -> PackedWeight:
+        packed, codebook, step = map(self.joined, SUFFIXES)
+        return PackedWeight(packed, codebook, step, self.in_features)
+
+
 def packed_columns(in_features: int, bits: int) -> int:
     """Bytes in one row of packed indices."""
     return -(-in_features * bits // 8)

@@ -21,8 +21,10 @@ extern "C" {
 const char* codequant_isa(int64_t index);
 int codequant_use_isa(const char* name);
 int64_t codequant_bytes(const codequant::Matrices* m);
-void codequant_to_panels(const codequant::Matrices* m, uint8_t*, int8_t*, float*, int64_t threads);
-void codequant_from_panels(const codequant::Matrices* m, uint8_t*, int8_t*, float*, int64_t threads);
+void codequant_to_panels(const codequant::Matrices* m, uint8_t* const*, int64_t part_rows, int8_t*, float*,
+                         int64_t threads);
+void codequant_from_panels(const codequant::Matrices* m, uint8_t* const*, int64_t part_rows, int8_t*, float*,
+                           int64_t threads);
 int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
                      const float* bias, int64_t bits, float clip, int64_t threads, float* y);
 int codequant_experts(const Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
@@ -53,20 +55,32 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+std::vector<uint8_t*> pointers(std::vector<std::vector<uint8_t>>& parts) {
+  std::vector<uint8_t*> found;
+  for (auto& part : parts) found.push_back(part.data());
+  return found;
+}
+
 struct Weight {
-  std::vector<uint8_t> packed, panels;
+  std::vector<std::vector<uint8_t>> packed;  // parts
+  std::vector<uint8_t> panels;
   std::vector<int8_t> codebook;
   std::vector<float> step;
   codequant::Matrices m;
+  int64_t part_rows;
 
   Weight(int64_t count, int64_t rows, int64_t columns, int64_t groups, int64_t bits)
       : m{nullptr, count, rows, columns, groups, bits} {
     const int64_t row_bytes = (columns * bits + 7) / 8;
-    packed.resize(static_cast<size_t>(count * rows * row_bytes));
-    for (size_t i = 0; i < packed.size(); ++i) {
-      const bool last = (static_cast<int64_t>(i) + 1) % row_bytes == 0;
-      const int64_t used = last ? columns * bits - (row_bytes - 1) * 8 : 8;
-      packed[i] = static_cast<uint8_t>(draw(0, (1 << used) - 1));
+    do part_rows = draw(1, count * rows);
+    while (count * rows % part_rows != 0);
+    packed.assign(static_cast<size_t>(count * rows / part_rows), std::vector<uint8_t>(part_rows * row_bytes));
+    for (auto& part : packed) {
+      for (size_t i = 0; i < part.size(); ++i) {
+        const bool last = (static_cast<int64_t>(i) + 1) % row_bytes == 0;
+        const int64_t used = last ? columns * bits - (row_bytes - 1) * 8 : 8;
+        part[i] = static_cast<uint8_t>(draw(0, (1 << used) - 1));
+      }
     }
     codebook.resize(static_cast<size_t>(count * rows * groups << bits));
     for (int8_t& c : codebook) c = static_cast<int8_t>(draw(-127, 127));
@@ -76,12 +90,12 @@ struct Weight {
   void prepare(int64_t threads) {
     panels.assign(static_cast<size_t>(codequant_bytes(&m)), 0xAA);
     m.panels = panels.data();
-    codequant_to_panels(&m, packed.data(), codebook.data(), step.data(), threads);
-    std::vector<uint8_t> packed_back(packed.size());
+    codequant_to_panels(&m, pointers(packed).data(), part_rows, codebook.data(), step.data(), threads);
+    std::vector<std::vector<uint8_t>> packed_back(packed.size(), std::vector<uint8_t>(packed[0].size()));
     std::vector<int8_t> codebook_back(codebook.size());
     std::vector<float> step_back(step.size());
-    codequant_from_panels(&m, packed_back.data(), codebook_back.data(), step_back.data(), threads);
-    expect(same(packed, packed_back) && same(codebook, codebook_back) && same(step, step_back), "round trip");
+    codequant_from_panels(&m, pointers(packed_back).data(), part_rows, codebook_back.data(), step_back.data(), threads);
+    expect(packed == packed_back && same(codebook, codebook_back) && same(step, step_back), "round trip");
   }
 };
 

@@ -49,7 +49,7 @@ class Backend(Protocol):
         """x [T, I], top_k_* [T, k] -> [T, O] in x's dtype, as `reference.codebook_experts`."""
 
     def restore(self, prepared: Any, /) -> PackedWeight | ExpertWeights:
-        """What `prepare_linear` or `prepare_experts` was given, bit for bit."""
+        """What `prepare_linear` or `prepare_experts` was given, bit for bit; parts come back joined."""
 
 
 def backend(device_type: str) -> Backend:

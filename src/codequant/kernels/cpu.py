@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from codequant import native
 from codequant.errors import InputError
 from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quantize
-from codequant.packing import PackedWeight, packed_columns
+from codequant.packing import PackedParts, PackedWeight, packed_columns
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # enum class Activation of native/isa.h
 MAX_GROUP = 2**16  # columns: the integers of panel.h have room for no more
@@ -64,35 +64,52 @@ class Panels:
 
     data: Tensor  # uint8 [bytes], of this machine only: never saved
     shape: Shape
-    lead: tuple[int, ...]  # leading dimensions of the PackedWeight it was made from
+    stack: tuple[int, ...]  # [..., O] of the weight it was made from, whose rows in order are those of the matrices
 
 
-def prepare_linear(weight: PackedWeight) -> Panels:
-    """Repack a matrix, or a stack of matrices, for the kernels; in time, about what reading it from a file takes."""
-    *lead, rows, groups, _ = weight.codebook.shape
+def _pointers(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def prepare_linear(weight: PackedWeight | PackedParts, split: int = 1) -> Panels:
+    """Repack a matrix, or a stack of matrices, for the kernels, each of them as `split` of equal height; in time, about
+    what reading it from a file takes."""
+    if isinstance(weight, PackedParts):  # what is joined are codebooks and steps, which are small
+        packed, codebook, step = weight.tensors("packed"), weight.joined("codebook"), weight.joined("step")
+    else:
+        packed, codebook, step = [weight.packed], weight.codebook, weight.step
     if weight.group_size > MAX_GROUP:
         raise InputError(f"group_size: {weight.group_size} columns to a codebook, the native kernels take {MAX_GROUP}")
-    shape = Shape(math.prod(lead), rows, weight.in_features, groups, weight.bits)
+    *stack, groups, _ = codebook.shape
+    shape = Shape(math.prod(stack[:-1]) * split, stack[-1] // split, weight.in_features, groups, weight.bits)
     matrices = native.Matrices(None, *shape)
     data = torch.empty(_library().codequant_bytes(matrices), dtype=torch.uint8)
     _library().codequant_advise_huge_pages(data.data_ptr(), data.numel())
     matrices.panels = data.data_ptr()
-    packed, codebook, step = weight.packed.contiguous(), weight.codebook.contiguous(), weight.step.float().contiguous()
+    packed, codebook, step = [part.contiguous() for part in packed], codebook.contiguous(), step.float().contiguous()
     _library().codequant_to_panels(
-        matrices, packed.data_ptr(), codebook.data_ptr(), step.data_ptr(), torch.get_num_threads()
+        matrices,
+        _pointers(packed),
+        math.prod(stack) // len(packed),
+        codebook.data_ptr(),
+        step.data_ptr(),
+        torch.get_num_threads(),
     )
-    return Panels(data, shape, tuple(lead))
+    return Panels(data, shape, tuple(stack))
 
 
 def _restore_linear(panels: Panels) -> PackedWeight:
-    shape = panels.shape
-    stack = (*panels.lead, shape.rows)
+    shape, stack = panels.shape, panels.stack
     packed = torch.empty(*stack, packed_columns(shape.columns, shape.bits), dtype=torch.uint8)
     codebook = torch.empty(*stack, shape.groups, 2**shape.bits, dtype=torch.int8)
     step = torch.empty(*stack, shape.groups)
-    matrices = native.Matrices(panels.data.data_ptr(), *shape)
     _library().codequant_from_panels(
-        matrices, packed.data_ptr(), codebook.data_ptr(), step.data_ptr(), torch.get_num_threads()
+        native.Matrices(panels.data.data_ptr(), *shape),
+        _pointers([packed]),
+        math.prod(stack),
+        codebook.data_ptr(),
+        step.data_ptr(),
+        torch.get_num_threads(),
     )
     return PackedWeight(packed, codebook, step.to(torch.float16), shape.columns)
 
@@ -108,40 +125,18 @@ class PreparedExperts:
     fused: bool
 
 
-def _halves(weight: PackedWeight) -> PackedWeight:
-    """[E, 2M, ...] -> [E, 2, M, ...] views."""
-    split = (2, weight.out_features // 2)
-    return replace(
-        weight,
-        packed=weight.packed.unflatten(1, split),
-        codebook=weight.codebook.unflatten(1, split),
-        step=weight.step.unflatten(1, split),
-    )
-
-
-def _whole(weight: PackedWeight) -> PackedWeight:
-    return replace(
-        weight,
-        packed=weight.packed.flatten(1, 2),
-        codebook=weight.codebook.flatten(1, 2),
-        step=weight.step.flatten(1, 2),
-    )
-
-
 def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
     gate_up, down = experts.gate_up, experts.down
     fused = (
-        isinstance(gate_up, PackedWeight)
-        and isinstance(down, PackedWeight)
+        not isinstance(gate_up, Tensor)
+        and not isinstance(down, Tensor)
         and experts.activation in ACTIVATIONS
         and experts.down_transform is None
     )
-    if isinstance(gate_up, PackedWeight) and fused and experts.has_gate:
-        gate_up = _halves(gate_up)
     nothing = torch.empty(0)
     return PreparedExperts(
-        prepare_linear(gate_up) if isinstance(gate_up, PackedWeight) else gate_up,
-        prepare_linear(down) if isinstance(down, PackedWeight) else down,
+        gate_up if isinstance(gate_up, Tensor) else prepare_linear(gate_up, 2 if fused and experts.has_gate else 1),
+        down if isinstance(down, Tensor) else prepare_linear(down),
         replace(experts, gate_up=nothing, down=nothing),
         fused,
     )
@@ -150,11 +145,10 @@ def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
 def restore(prepared: Panels | PreparedExperts) -> PackedWeight | ExpertWeights:
     if isinstance(prepared, Panels):
         return _restore_linear(prepared)
-    gate_up = _restore_linear(prepared.gate_up) if isinstance(prepared.gate_up, Panels) else prepared.gate_up
-    down = _restore_linear(prepared.down) if isinstance(prepared.down, Panels) else prepared.down
-    if prepared.fused and prepared.weights.has_gate:
-        assert isinstance(gate_up, PackedWeight)
-        gate_up = _whole(gate_up)
+    gate_up, down = (
+        _restore_linear(weight) if isinstance(weight, Panels) else weight
+        for weight in (prepared.gate_up, prepared.down)
+    )
     return replace(prepared.weights, gate_up=gate_up, down=down)
 
 

@@ -4,13 +4,13 @@ Letters: T tokens, I input and O output channels, G codebook groups per row, E e
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codequant.packing import PackedWeight, unpack
+from codequant.packing import PackedParts, PackedWeight, unpack
 
 FULL_PRECISION = 16  # activation bits that mean "not quantized"
 
@@ -94,8 +94,8 @@ class ExpertWeights:
     """The feed-forward experts of one layer, in one canonical layout whatever the checkpoint's flags were:
     rows are output channels, gate rows come before up rows."""
 
-    gate_up: PackedWeight | Tensor  # [E, 2M, I] with a gate, [E, M, I] without; a plain Tensor is not quantized
-    down: PackedWeight | Tensor  # [E, O, M]
+    gate_up: PackedWeight | PackedParts | Tensor  # [E, 2M, I] with a gate, else [E, M, I]; a Tensor is not quantized
+    down: PackedWeight | PackedParts | Tensor  # [E, O, M]
     apply_gate: Callable[[Tensor], Tensor]  # [T, 2M] (or [T, M] without a gate) -> [T, M]
     activation: str | None = "silu"  # name of a plain act(gate) * up, which kernels may fuse; None: only apply_gate
     has_gate: bool = True
@@ -107,10 +107,10 @@ class ExpertWeights:
     down_clip: float = 1.0
     down_transform: Callable[[Tensor], Tensor] | None = None  # online Hadamard before down, [T, M] -> [T, M]
 
-    @property
-    def num_experts(self) -> int:
-        weight = self.gate_up
-        return weight.shape[0] if isinstance(weight, Tensor) else weight.packed.shape[0]
+
+def join(weight: PackedWeight | PackedParts | Tensor) -> PackedWeight | Tensor:
+    """A weight of ExpertWeights in one piece."""
+    return weight.join() if isinstance(weight, PackedParts) else weight
 
 
 def _expert_linear(
@@ -133,25 +133,24 @@ def codebook_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expe
     it contributes nothing.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out_features = experts.down.shape[-2] if isinstance(experts.down, Tensor) else experts.down.out_features
+    gate_up, down = join(experts.gate_up), join(experts.down)
+    num_experts, out_features = down.shape[:2] if isinstance(down, Tensor) else down.packed.shape[:2]
     y = torch.zeros(len(x), out_features, dtype=compute, device=x.device)
     for expert in torch.unique(top_k_index).tolist():
-        if not 0 <= expert < experts.num_experts:
+        if not 0 <= expert < num_experts:
             continue
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         hidden = x[token].to(compute)
-        hidden = _expert_linear(
-            hidden, experts.gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip
-        )
+        hidden = _expert_linear(hidden, gate_up, expert, experts.gate_up_bias, experts.input_bits, experts.input_clip)
         hidden = experts.apply_gate(hidden)
         if experts.down_transform is not None:
             hidden = experts.down_transform(hidden)
-        out = _expert_linear(hidden, experts.down, expert, experts.down_bias, experts.down_bits, experts.down_clip)
+        out = _expert_linear(hidden, down, expert, experts.down_bias, experts.down_bits, experts.down_clip)
         y.index_add_(0, token, out * top_k_weights[token, slot, None].to(compute))
     return y.to(x.dtype)
 
 
-# The interface of codequant.kernels.Backend: this one computes on the format itself, so there is nothing to prepare.
+# The interface of codequant.kernels.Backend: this one computes on the format itself, so there is little to prepare.
 
 
 def unavailable(device_type: str) -> str | None:
@@ -163,7 +162,7 @@ def prepare_linear(weight: PackedWeight) -> PackedWeight:
 
 
 def prepare_experts(experts: ExpertWeights) -> ExpertWeights:
-    return experts
+    return replace(experts, gate_up=join(experts.gate_up), down=join(experts.down))
 
 
 def restore(prepared: PackedWeight | ExpertWeights) -> PackedWeight | ExpertWeights:

@@ -36,6 +36,7 @@ class Experts(ctypes.Structure):
 
 
 _MATRICES = POINTER(Matrices)
+_FORMAT = [POINTER(c_void_p), c_int64, c_void_p, c_void_p]  # packed, part_rows, codebook, step
 _INPUT = [c_void_p, c_int64, c_int64, c_void_p]  # x, tokens, share, expert
 _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
@@ -43,8 +44,8 @@ _SIGNATURES = {
     "codequant_read": (c_uint64, [c_void_p, c_int64, c_int64]),
     "codequant_bytes": (c_int64, [_MATRICES]),
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
-    "codequant_to_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
-    "codequant_from_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
+    "codequant_to_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
+    "codequant_from_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
     "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, c_void_p]),
     "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, c_void_p, c_int64, c_void_p]),
 }

@@ -72,10 +72,14 @@ struct RowOfChunk {
   }
 };
 
-struct Format {  // PackedWeight, with steps widened to float (exact)
-  uint8_t* packed;
+// PackedWeight, with steps widened to float (exact). Packed rows may lie in several parts, each of `part_rows`.
+struct Format {
+  uint8_t* const* packed;
+  int64_t part_rows;
   int8_t* codebook;
   float* step;
+
+  uint8_t* packed_row(int64_t row, int64_t bytes) const { return packed[row / part_rows] + row % part_rows * bytes; }
 };
 
 // One thread's buffers.
@@ -99,7 +103,7 @@ void to_panel(const Matrices& m, int64_t matrix, int64_t index, const Format& fo
   std::memset(panel, 0, static_cast<size_t>(m.panel_bytes()));
   for (int64_t i = 0; i < kRows && index * kRows + i < m.rows; ++i) {
     const int64_t row = matrix * m.rows + index * kRows + i;
-    std::memcpy(buffers.bits.data(), format.packed + row * row_bytes, static_cast<size_t>(row_bytes));
+    std::memcpy(buffers.bits.data(), format.packed_row(row, row_bytes), static_cast<size_t>(row_bytes));
     unpack_row<bits>(buffers.bits.data(), m.columns, buffers.row.data());
     for (int64_t group = 0; group < m.groups; ++group) {
       uint8_t* header = panel + group * m.group_bytes();
@@ -152,17 +156,18 @@ void from_panel(const Matrices& m, int64_t matrix, int64_t index, const Format& 
     }
     std::memset(buffers.row.data() + m.columns, 0, 8);
     pack_row<bits>(buffers.row.data(), m.columns, buffers.bits.data());
-    std::memcpy(format.packed + row * row_bytes, buffers.bits.data(), static_cast<size_t>(row_bytes));
+    std::memcpy(format.packed_row(row, row_bytes), buffers.bits.data(), static_cast<size_t>(row_bytes));
   }
 }
 
 template <class F>
 void each_panel(const Matrices& m, int64_t threads, F f) {
-  constexpr int64_t kBlock = 16;  // panels that share a thread's buffers
-  const int64_t panels = m.count * m.panels_each();
-  parallel_for(threads, ceil_div(panels, kBlock), [&](int64_t block) {
+  // A thread takes as many panels as a huge page holds: two that meet in a page nobody has touched both clear it whole.
+  constexpr int64_t kHugePage = 1 << 21;
+  const int64_t panels = m.count * m.panels_each(), block_panels = ceil_div(kHugePage, m.panel_bytes());
+  parallel_for(threads, ceil_div(panels, block_panels), [&](int64_t block) {
     Buffers buffers(m);
-    for (int64_t i = block * kBlock; i < panels && i < (block + 1) * kBlock; ++i) {
+    for (int64_t i = block * block_panels; i < panels && i < (block + 1) * block_panels; ++i) {
       f(i / m.panels_each(), i % m.panels_each(), buffers);
     }
   });
@@ -173,25 +178,25 @@ void each_panel(const Matrices& m, int64_t threads, F f) {
 
 CODEQUANT_API int64_t codequant_bytes(const codequant::Matrices* m) { return m->bytes(); }
 
-// packed uint8 [count, rows, ceil(columns * bits / 8)], codebook int8 [count, rows, groups, 2**bits], step float
-// [count, rows, groups] -> m->panels, which has codequant_bytes(m) bytes.
-CODEQUANT_API void codequant_to_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook,
-                                       float* step, int64_t threads) {
+// packed uint8 [count, rows, ceil(columns * bits / 8)] in parts of part_rows rows each, codebook int8 [count, rows, groups,
+// 2**bits], step float [count, rows, groups] -> m->panels, which has codequant_bytes(m) bytes.
+CODEQUANT_API void codequant_to_panels(const codequant::Matrices* m, uint8_t* const* packed, int64_t part_rows,
+                                       int8_t* codebook, float* step, int64_t threads) {
   codequant::each_panel(*m, threads, [&](int64_t matrix, int64_t index, codequant::Buffers& buffers) {
     const auto convert = m->bits == 4   ? codequant::to_panel<4>
                          : m->bits == 3 ? codequant::to_panel<3>
                                         : codequant::to_panel<2>;
-    convert(*m, matrix, index, {packed, codebook, step}, buffers);
+    convert(*m, matrix, index, {packed, part_rows, codebook, step}, buffers);
   });
 }
 
 // The inverse.
-CODEQUANT_API void codequant_from_panels(const codequant::Matrices* m, uint8_t* packed, int8_t* codebook,
-                                         float* step, int64_t threads) {
+CODEQUANT_API void codequant_from_panels(const codequant::Matrices* m, uint8_t* const* packed, int64_t part_rows,
+                                         int8_t* codebook, float* step, int64_t threads) {
   codequant::each_panel(*m, threads, [&](int64_t matrix, int64_t index, codequant::Buffers& buffers) {
     const auto convert = m->bits == 4   ? codequant::from_panel<4>
                          : m->bits == 3 ? codequant::from_panel<3>
                                         : codequant::from_panel<2>;
-    convert(*m, matrix, index, {packed, codebook, step}, buffers);
+    convert(*m, matrix, index, {packed, part_rows, codebook, step}, buffers);
   });
 }

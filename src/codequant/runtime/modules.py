@@ -20,8 +20,8 @@ from codequant import packing
 from codequant.errors import InputError
 from codequant.hadamard import hadamard_transform
 from codequant.kernels import backend
-from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quantize
-from codequant.packing import PackedWeight
+from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quantize, join
+from codequant.packing import PackedParts, PackedWeight
 from codequant.quantization_config import Scheme
 
 
@@ -211,14 +211,14 @@ class CodebookExperts(CodebookModule):
         prepared, kernels = self._prepared
         weights: ExpertWeights = kernels.restore(prepared)
         return {
-            **self._disassemble(self._gate_up, weights.gate_up),
-            **self._disassemble("down_proj", weights.down),
+            **self._disassemble(self._gate_up, join(weights.gate_up)),
+            **self._disassemble("down_proj", join(weights.down)),
             **self._disassemble(f"{self._gate_up}_bias", weights.gate_up_bias),
             **self._disassemble("down_proj_bias", weights.down_bias),
         }
 
-    def _assemble(self, parameter: str) -> PackedWeight | Tensor:
-        """The canonical [E, O, I] of a parameter, from its parts."""
+    def _assemble(self, parameter: str) -> PackedWeight | PackedParts | Tensor:
+        """The canonical [E, O, I] of a parameter: its parts as they are, where they come in order."""
         parts = self._parts[parameter]
         if parts[0].scheme is None:
             plain = self._join(parts, [getattr(self, part.stem) for part in parts])
@@ -226,9 +226,12 @@ class CodebookExperts(CodebookModule):
         bits = max(part.scheme.bits for part in parts if part.scheme is not None)
         in_features = parts[0].shape[-2 if self.is_transposed else -1]
         weights = [_widen(self._matrix(part.stem, in_features), bits) for part in parts]
+        stored = weights[0] if parts[0].fused else PackedParts(weights, self.num_experts)
+        if not self._in_turn(parameter):
+            return stored
+        whole = join(stored)
         packed, codebook, step = (
-            self._canonical_rows(parameter, self._join(parts, [getattr(weight, suffix) for weight in weights]))
-            for suffix in packing.SUFFIXES
+            self._canonical_rows(parameter, getattr(whole, suffix)) for suffix in packing.SUFFIXES
         )
         return PackedWeight(packed, codebook, step, in_features)
 
@@ -267,14 +270,18 @@ class CodebookExperts(CodebookModule):
             return [joined.contiguous()]
         return [tensor.clone() for tensor in joined.flatten(0, 1).chunk(len(parts))]
 
+    def _in_turn(self, parameter: str) -> bool:
+        """Whether the parameter has gate and up rows in turn."""
+        return self.interleaved and not parameter.startswith("down")
+
     def _canonical_rows(self, parameter: str, tensor: Tensor) -> Tensor:
         """[E, O, ...] with gate and up rows in turn -> all gate rows, then all up rows."""
-        if not self.interleaved or parameter.startswith("down"):
+        if not self._in_turn(parameter):
             return tensor
         return torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
 
     def _checkpoint_rows(self, parameter: str, tensor: Tensor) -> Tensor:
-        if not self.interleaved or parameter.startswith("down"):
+        if not self._in_turn(parameter):
             return tensor
         return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
 

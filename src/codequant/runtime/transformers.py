@@ -53,6 +53,7 @@ class CodequantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        from codequant.runtime.read_ahead import read_ahead
         from codequant.runtime.replacement import replace_modules
         from codequant.verification import check_model_files
 
@@ -62,7 +63,9 @@ class CodequantQuantizer(HfQuantizer):
                 f"{type(model).__name__}: expected {model.config.architectures}, loaded by AutoModelForCausalLM"
             )
         if checkpoint_files is not None:
-            check_model_files(model, config, map(Path, checkpoint_files))
+            files = [Path(file) for file in checkpoint_files]
+            check_model_files(model, config, files)
+            read_ahead(files)
         self.transforms = replace_modules(model, config)
         kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(model.dtype)]
         self.dtypes = {
@@ -72,11 +75,13 @@ class CodequantQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        # transformers 5.17 leaves every renamed tensor of a quantized checkpoint in the type of the file.
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        large = {id(module.weight) for module in embeddings if module is not None}
         for name, dtype in self.dtypes.items():
             tensor = model.get_parameter_or_buffer(name)
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
+            # transformers 5.17 leaves every renamed tensor of a quantized checkpoint in the type of the file. And one
+            # norm that stays a view of the mapped file would keep all of it in memory, beside the repacked weights.
+            tensor.data = tensor.data.to(dtype, copy=id(tensor) not in large)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Every name comes from our table; transformers' converters merge the experts that stay plain."""

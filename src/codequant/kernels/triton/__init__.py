@@ -51,10 +51,11 @@ def linear(
 
 def prepare_experts(experts: ExpertWeights) -> TritonExperts | ExpertWeights:
     """Layers of which only one side is quantized stay as they are, and run the reference."""
-    if isinstance(experts.gate_up, Tensor) or isinstance(experts.down, Tensor):
-        return experts
+    gate_up, down = reference.join(experts.gate_up), reference.join(experts.down)
+    if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+        return replace(experts, gate_up=gate_up, down=down)
     rest = replace(experts, gate_up=torch.empty(0), down=torch.empty(0))
-    return TritonExperts(to_triton(experts.gate_up), to_triton(experts.down), rest)
+    return TritonExperts(to_triton(gate_up), to_triton(down), rest)
 
 
 def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: TritonExperts | ExpertWeights) -> Tensor:
@@ -84,7 +85,7 @@ def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: Tri
 
 
 def restore(prepared: TritonWeight | TritonExperts | ExpertWeights) -> PackedWeight | ExpertWeights:
-    """What was given to `prepare_linear` or `prepare_experts`, bit for bit."""
+    """What was given to `prepare_linear` or `prepare_experts`, bit for bit; parts come back joined."""
     if isinstance(prepared, TritonWeight):
         return from_triton(prepared)
     if isinstance(prepared, ExpertWeights):
