@@ -133,7 +133,7 @@ def quantize(
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
         x, high, low, scale, zero, clip, I, S, P, groups * P, BLOCK, bits, PDL=pdl, OVERLAP=overlap,
-        num_warps=min(max(BLOCK // 512, 1), 8), launch_pdl=pdl,
+        num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
     return high, low, scale, zero
