@@ -17,7 +17,7 @@ from codequant.kernels.triton.dispatch import Tile
 
 POINTERS = {
     "x_high": "i8", "x_low": "i8", "x_scale": "fp32", "x_zero": "fp32", "pair_weight": "fp32", "packed": "u8",
-    "table": "i32", "step": "fp32", "row_sum": "fp32", "bias": "fp32", "out": "bf16", "pair": "i32", "end": "i32",
+    "table": "i32", "step": "fp32", "row_sum": "fp32", "bias": "fp32", "out": "bf16", "pair": "i32",
     "block_expert": "i32", "block_start": "i32", "block_end": "i32",
 }  # fmt: skip
 NUMBERS = ("tokens", "N", "E")

@@ -119,7 +119,7 @@ def _block(
 
 @triton.jit
 def _grouped(
-    x, pair_weight, w, out, pair, end, block_expert, block_start, block_end, N, E,
+    x, pair_weight, w, out, pair, block_expert, block_start, block_end, N, E,
     I: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STAGES: tl.constexpr, ROWS_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +217,7 @@ def experts(
         N = target.shape[1]
         columns = triton.cdiv(N, tile.rows)
         _grouped[(columns, blocks) if config.rows_first else (blocks, columns)](
-            source, weights, w, target, *routing.tensors, N, E, source.shape[1], k, gated, tile.swap,
+            source, weights, w, target, *routing.blocks, N, E, source.shape[1], k, gated, tile.swap,
             config.tokens, tile.rows, tile.columns, tile.stages, config.rows_first,
             PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Few tokens: each program multiplies a block of weight rows with one token, on dp4a, without any routing pass.
 
-At a batch of one or two the time is the weights' way from memory plus launches: the expert comes straight from the
-routing indices, the gate, its activation and `up` share a program, and `down` sums a token's experts in registers. With
+At a batch of a few the time is the weights' way from memory plus launches: the expert comes straight from the routing
+indices, the gate, its activation and `up` share a program, and `down` sums a token's experts in registers. With
 programmatic dependent launch (PDL) a program asks for its first weights before the activations it needs are finished.
 """
 

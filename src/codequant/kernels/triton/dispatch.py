@@ -1,7 +1,8 @@
 """Which kernel runs a problem, and with which block sizes: the measured table, per GPU generation.
 
-Block sizes depend on the tokens that an expert gets on average, which decides between reading weights and multiplying,
-and on the activations' planes, which multiply the products. Measured on an H200, see docs/LOG.md.
+Block sizes depend on the tokens that an expert gets on average, which decides between reading weights and multiplying
+(for a single matrix: on the number of its results, which decides how many programs there are), and on the activations'
+planes, which multiply the products. Measured on an H200, see docs/LOG.md.
 """
 
 from dataclasses import dataclass

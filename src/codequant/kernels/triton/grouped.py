@@ -144,7 +144,7 @@ def _block(
 @triton.jit
 def _grouped(
     x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
-    pair, end, block_expert, block_start, block_end, tokens, N, E,
+    pair, block_expert, block_start, block_end, tokens, N, E,
     TOP_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROUTED: tl.constexpr, GATHER: tl.constexpr,
     SCATTER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
     PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -207,9 +207,9 @@ def grouped(
     P = padded_group(weight.in_features // G)
     scatter = pair_weight is not None
     if routing is None:
-        positions, blocks, lists = len(high), triton.cdiv(len(high), tokens), [scale] * 5
+        positions, blocks, lists = len(high), triton.cdiv(len(high), tokens), [scale] * 4
     else:
-        positions, lists = len(routing.pair), routing.tensors
+        positions, lists = len(routing.pair), routing.blocks
         blocks = max_blocks(positions, E, tokens)
     out = torch.empty(positions, N, dtype=out_dtype, device=high.device)
     _grouped[(triton.cdiv(N, tile.rows), blocks)](

@@ -27,6 +27,11 @@ class Routing:
     block_end: Tensor  # int32 [blocks]: position after its last pair
 
     @property
+    def blocks(self) -> list[Tensor]:
+        """What a matrix kernel reads."""
+        return [self.pair, self.block_expert, self.block_start, self.block_end]
+
+    @property
     def tensors(self) -> list[Tensor]:
         return [self.pair, self.end, self.block_expert, self.block_start, self.block_end]
 
