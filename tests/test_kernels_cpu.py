@@ -353,14 +353,12 @@ def test_operators_trace_and_compile() -> None:
     assert torch.equal(compiled(x, index, weights), layer(x, index, weights))
     assert torch.equal(compiled(x[:3], index[:3], weights[:3]), layer(x[:3], index[:3], weights[:3]))
     torch.library.opcheck(
-        torch.ops.codequant_cpu.linear, (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0)
+        torch.ops.codequant_cpu.linear, (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0, torch.bfloat16)
     )
     torch.library.opcheck(
         torch.ops.codequant_cpu.plain_linear, (x, index, torch.randn(4, 5, 70), torch.randn(4, 5), 8, 1.0)
     )
-    gate_up, down = prepared_experts.gate_up, prepared_experts.down
-    arguments = (gate_up.data, gate_up.shape, down.data, down.shape, None, None, True, 0, [8, 8], [1.0, 1.0])
-    torch.library.opcheck(torch.ops.codequant_cpu.experts, (x, index, weights, *arguments))
+    torch.library.opcheck(torch.ops.codequant_cpu.experts, (x, index, weights, *prepared_experts.operands()))
 
 
 def test_calls_from_many_threads_at_once() -> None:
@@ -387,8 +385,9 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path: Path) -> None:
 
     def multiply() -> Tensor:  # without PyTorch's own operators, whose thread pool does not survive a fork
         y = torch.empty(60, 512)
-        matrices = native.Matrices(prepared.data.data_ptr(), *prepared.shape)
-        status = library.codequant_linear(matrices, x.data_ptr(), 60, 1, None, None, 8, 1.0, 3, y.data_ptr())
+        status = library.codequant_linear(
+            prepared.matrices, 60, 1, x.data_ptr(), 0, None, 0, None, 8, 1.0, 3, y.data_ptr(), 0
+        )
         assert status == 0
         return y
 

@@ -36,7 +36,8 @@ class Experts(ctypes.Structure):
 
 
 _MATRICES = POINTER(Matrices)
-_INPUT = [c_void_p, c_int64, c_int64, c_void_p]  # x, tokens, share, expert
+_TENSOR = [c_void_p, c_int64]  # data and dtype
+_INPUT = [c_int64, c_int64, *_TENSOR, *_TENSOR]  # tokens, share, x, expert
 _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
     "codequant_use_isa": (c_int, [c_char_p]),
@@ -45,8 +46,8 @@ _SIGNATURES = {
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
     "codequant_to_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
     "codequant_from_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),
-    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, c_void_p]),
-    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, c_void_p, c_int64, c_void_p]),
+    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, *_TENSOR]),
+    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, *_TENSOR, c_int64, c_void_p]),
 }
 
 

@@ -38,6 +38,11 @@ constexpr int64_t kMaxTokens = 256;  // token planes of one product: their level
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
 
+enum class Dtype : int64_t { float32, bfloat16, float16, int64, int32 };
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::int64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::int32 ? 4 : 2;
+}
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -54,6 +59,10 @@ struct Isa {
 
   // gate[i] = activation(gate[i]) * up[i], or without the product where up is null.
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
+
+  // From a floating-point dtype to float32, and back, rounded half to even.
+  void (*widen)(Dtype dtype, const void* x, int64_t count, float* out);
+  void (*narrow)(Dtype dtype, const float* x, int64_t count, void* out);
 };
 
 constexpr int64_t kScratch = kSegment * kRows;

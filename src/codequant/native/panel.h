@@ -24,6 +24,7 @@
 #include <cstring>
 #include <utility>
 
+#include "convert.h"
 #include "isa.h"
 
 namespace codequant {
@@ -425,10 +426,7 @@ inline float exponential(float x) {
   p = p * f + 1.0f / 6;
   p = p * f + 0.5f;
   p = p * f * f + f + 1.0f;
-  const int32_t exponent = (static_cast<int32_t>(n) + 127) * (1 << 23);
-  float power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return p * power;
+  return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
 template <class F>
@@ -457,7 +455,7 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
 
 template <class V>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, V::tiles, quantize, product<V>, activate};
+  return {name, supported, V::tiles, quantize, product<V>, activate, widen, narrow};
 }
 
 }  // namespace
