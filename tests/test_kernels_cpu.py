@@ -110,6 +110,39 @@ def test_linear_of_half_precision_rounds_once(dtype: torch.dtype) -> None:
         assert torch.equal(y, cpu.linear(x.float(), cpu.prepare_linear(weight), None, bits).to(dtype))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_converted_as_torch_does(dtype: torch.dtype, isa: str) -> None:
+    native.use_instruction_set(isa)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].reshape(-1, 2)
+    weight = cpu.prepare_linear(random_weight(3, 2))
+    assert torch.equal(cpu.linear(every, weight, None, 16), cpu.linear(every.float(), weight, None, 16).to(dtype))
+    # The bias is all there is: numbers of every size, halfway cases of both dtypes, and what is not finite.
+    bits = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int32)
+    bits[::3] = bits[::3] >> 13 << 13 | 1 << 12
+    bits[1::3] = bits[1::3] >> 16 << 16 | 1 << 15
+    bias = torch.cat([bits.view(torch.float32), torch.tensor([torch.inf, -torch.inf, 65519.9, 65520.0])])
+    rows = len(bias)
+    nothing = pack(torch.zeros(rows, 1, dtype=torch.uint8), torch.zeros(rows, 1, 4).char(), torch.ones(rows, 1).half())
+    y = cpu.linear(torch.ones(1, 1, dtype=dtype), cpu.prepare_linear(nothing), bias, 16)[0]
+    assert torch.equal(y.isnan(), bias.isnan())
+    assert torch.equal(y[~y.isnan()], bias[~bias.isnan()].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_of_half_precision_round_once(dtype: torch.dtype) -> None:
+    experts = random_experts(5, 70, 23, 37, input_bits=8, down_bits=8)
+    prepared = cpu.prepare_experts(experts)
+    x, (index, weights) = torch.randn(9, 70).to(dtype), random_routing(9, 3, 5)
+    weights = weights.to(dtype)
+    expected = cpu.experts(x.float(), index, weights.float(), prepared)
+    assert expected.dtype == torch.float32
+    for i in (index, index.int(), index.to(torch.int16), index.mT.contiguous().mT):
+        y = cpu.experts(x, i, weights, prepared)
+        assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
+
+
 def test_activation_levels_are_the_twins() -> None:
     """With an identity weight the output is the activation itself: one wrong level would be off by a whole step."""
     columns = 300
@@ -353,7 +386,8 @@ def test_operators_trace_and_compile() -> None:
     assert torch.equal(compiled(x, index, weights), layer(x, index, weights))
     assert torch.equal(compiled(x[:3], index[:3], weights[:3]), layer(x[:3], index[:3], weights[:3]))
     torch.library.opcheck(
-        torch.ops.codequant_cpu.linear, (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0, torch.bfloat16)
+        torch.ops.codequant_cpu.linear,
+        (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0, torch.bfloat16),
     )
     torch.library.opcheck(
         torch.ops.codequant_cpu.plain_linear, (x, index, torch.randn(4, 5, 70), torch.randn(4, 5), 8, 1.0)

@@ -173,8 +173,8 @@ def restore(prepared: Panels | PreparedExperts) -> PackedWeight | ExpertWeights:
     return replace(prepared.weights, gate_up=gate_up, down=down)
 
 
-# Calling the library: with cold caches every operator of PyTorch's costs a percent of decoding one layer, and every call
-# of Python's a tenth of that. Only the result is allocated; the library reads and writes the tensors' own dtypes.
+# Calling the library: with cold caches an operator of PyTorch's costs a percent of decoding one layer, a function of
+# Python's a tenth of that. Only the result is allocated; the library reads and writes the tensors' own dtypes.
 
 
 def _given(x: Tensor, dtypes: dict[torch.dtype, int]) -> tuple[Tensor, int]:
@@ -319,9 +319,7 @@ def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
         len(x) if expert is None else expert.numel(), shape[1], dtype=dtype
     ),
 )
-def _linear_operator(
-    x: Tensor, expert: Tensor | None, data: Tensor, shape: list[int], *others: Any
-) -> Tensor:
+def _linear_operator(x: Tensor, expert: Tensor | None, data: Tensor, shape: list[int], *others: Any) -> Tensor:
     return _linear(x, expert, native.Matrices(data.data_ptr(), *shape), *others)
 
 

@@ -295,7 +295,7 @@ void down_and_sum(const Experts& e, const Route& routed, const Token* token, int
   parallel_for(threads, cut, [&](int64_t task) {
     thread_local Buffer buffer;
     const int64_t first = panels * task / cut, last = panels * (task + 1) / cut;
-    const int64_t columns = std::min(last * kRows, m.rows) - first * kRows;
+    const int64_t columns = (last - first) * kRows;
     float* sums = buffer.get<float>(tokens * columns);  // [tokens, columns]
     std::fill_n(sums, tokens * columns, 0.0f);
     Batch batch(e.down_bits);
@@ -307,13 +307,15 @@ void down_and_sum(const Experts& e, const Route& routed, const Token* token, int
           const int64_t rows = std::min(kRows, m.rows - p * kRows);
           if (e.down_bias != nullptr) add_bias(out, batch.count, e.down_bias + group.expert * m.rows + p * kRows, rows);
           for (int64_t i = 0; i < batch.count; ++i) {
-            float* target = sums + slot[i] / share * columns + (p - first) * kRows;
-            for (int64_t r = 0; r < rows; ++r) target[r] += weight[slot[i]] * out[i][r];
+            float* __restrict target = sums + slot[i] / share * columns + (p - first) * kRows;
+            const float scale = weight[slot[i]];
+            for (int64_t r = 0; r < kRows; ++r) target[r] += scale * out[i][r];
           }
         });
       }
     }
-    for (int64_t t = 0; t < tokens; ++t) y.write(t * m.rows + first * kRows, sums + t * columns, columns);
+    const int64_t rows = std::min(columns, m.rows - first * kRows);
+    for (int64_t t = 0; t < tokens; ++t) y.write(t * m.rows + first * kRows, sums + t * columns, rows);
   });
 }
 
