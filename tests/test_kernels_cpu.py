@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from codequant import kernels, native
 from codequant.errors import InputError
+from codequant.hadamard import hadamard_transform
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
 from codequant.packing import PackedWeight, pack, unpack
@@ -277,6 +278,39 @@ def test_experts_with_biases_and_every_activation(name: str, gate: bool) -> None
     experts = replace(experts, **biases)
     y = cpu.experts(x, *routing, cpu.prepare_experts(experts))
     torch.testing.assert_close(y, reference.codebook_experts(x, *routing, experts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("width", [1, 8, 16, 24, 32, 90, 144, 768, 1024])
+def test_hadamard_of_the_intermediate_equals_the_twin(width: int, isa: str) -> None:
+    """Every kind of factor and several of them. Without quantization behind it, float32 roundings are all that differs:
+    of the two products and the transform, each a sum of at most `width` or 40 terms, with every norm kept by H_n."""
+    native.use_instruction_set(isa)
+    poison()
+    experts = random_experts(3, 40, width, 19, input_bits=8, down_transform=hadamard_transform)
+    prepared = cpu.prepare_experts(experts)
+    assert prepared.fused
+    x, (index, weights) = torch.randn(7, 40), random_routing(7, 2, 3)
+    y = cpu.experts(x, index, weights, prepared)
+    expected = reference.codebook_experts(x.double(), index, weights.double(), experts)
+    plain = replace(experts, down_transform=None)
+    assert isinstance(experts.gate_up, PackedWeight) and isinstance(experts.down, PackedWeight)
+    gate_up, down = unpack(experts.gate_up).double(), unpack(experts.down).double()
+    largest = (1.2 * x.double().norm(dim=1).max() ** 2) * (gate_up.norm(dim=2).amax() ** 2) * width**0.5
+    tolerance = 2 * (40 + 2 * width + 40) * EPS * largest * down.norm(dim=2).amax() * weights.sum(1).max()
+    assert_within(y, expected, tolerance)
+    assert (
+        not torch.allclose(expected, reference.codebook_experts(x.double(), index, weights.double(), plain))
+        or width == 1
+    )
+    experts = replace(experts, down_bits=8)
+    prepared = cpu.prepare_experts(experts)
+    torch.set_num_threads(1)
+    y = cpu.experts(x, index, weights, prepared)
+    expected = reference.codebook_experts(x, index, weights, experts)
+    assert (y - expected).norm() <= expected.norm() / 255  # levels that round the other way are one step off, and few
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.experts(x[2:5], index[2:5], weights[2:5], prepared), y[2:5])
 
 
 def test_routing_extremes() -> None:

@@ -15,6 +15,7 @@ struct Experts {  // as in experts.cpp
   const float *gate_up_bias, *down_bias;
   int64_t has_gate, activation, input_bits, down_bits;
   float input_clip, down_clip;
+  codequant::Transform down_transform;
 };
 
 extern "C" {
@@ -108,7 +109,10 @@ void one_case() {
   const auto first_bias = normal(first.m.count * middle), second_bias = normal(count * rows);
   std::vector<int32_t> expert(static_cast<size_t>(tokens * share));
   for (int32_t& e : expert) e = static_cast<int32_t>(draw(-1, count));
-  const int64_t size = codequant::size_of(dtype);
+  const int64_t size = codequant::size_of(dtype), order = middle % 2 == 0 ? middle / 2 : middle;
+  const auto matrix = normal(order * codequant::ceil_div(order, 16) * 16);
+  const codequant::Factor factors[] = {{middle / order, nullptr}, {order, matrix.data()}};
+  const codequant::Transform transform{factors, draw(0, 1) * 2, 0.3f};
   Bytes linear, experts;
   for (int64_t i = 0; codequant_isa(i) != nullptr; ++i) {
     expect(codequant_use_isa(codequant_isa(i)) == 0, "a listed instruction set can be chosen");
@@ -121,7 +125,7 @@ void one_case() {
     expect(i == 0 || same(y, linear), "linear has the same bits on every instruction set");
     linear = y;
     const Experts e{&first.m, &second.m, first_bias.data(), second_bias.data(), gate, activation, input_bits, down_bits,
-                    1.0f,     0.9f};
+                    1.0f,     0.9f, transform};
     y.assign(static_cast<size_t>(tokens * rows * size), 0xAA);
     codequant_experts(&e, tokens, share, x.data(), dtype, expert.data(), codequant::Dtype::int32, weight.data(), dtype,
                       threads, y.data());

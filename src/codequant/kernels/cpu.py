@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from codequant import native
 from codequant.errors import InputError
+from codequant.hadamard import hadamard_factors, hadamard_transform
 from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quantize
 from codequant.packing import PackedWeight, packed_columns
 
@@ -115,7 +116,19 @@ class PreparedExperts:
         biases = (None if bias is None else bias.float().contiguous() for bias in (w.gate_up_bias, w.down_bias))
         activation = ACTIVATIONS.index(w.activation)
         bits, clip = [w.input_bits, w.down_bits], [w.input_clip, w.down_clip]
-        return (gate_up.data, gate_up.shape, down.data, down.shape, *biases, w.has_gate, activation, bits, clip)
+        transform = w.down_transform is not None
+        return (
+            gate_up.data,
+            gate_up.shape,
+            down.data,
+            down.shape,
+            *biases,
+            w.has_gate,
+            activation,
+            bits,
+            clip,
+            transform,
+        )
 
     @cached_property
     def layer(self) -> "Layer":
@@ -149,7 +162,7 @@ def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
         isinstance(gate_up, PackedWeight)
         and isinstance(down, PackedWeight)
         and experts.activation in ACTIVATIONS
-        and experts.down_transform is None
+        and experts.down_transform in (None, hadamard_transform)
     )
     if isinstance(gate_up, PackedWeight) and fused and experts.has_gate:
         gate_up = _halves(gate_up)
@@ -258,13 +271,27 @@ def _layer(
     activation: int,
     bits: list[int],
     clip: list[float],
+    hadamard: bool,
 ) -> Layer:
-    """bits and clip: of the input, of the intermediate."""
+    """bits and clip: of the input, of the intermediate, which `hadamard` transforms before."""
     first, second = native.Matrices(gate_up.data_ptr(), *gate_up_shape), native.Matrices(down.data_ptr(), *down_shape)
     biases = (None if bias is None else bias.data_ptr() for bias in (gate_up_bias, down_bias))
     pointers = ctypes.pointer(first), ctypes.pointer(second)
-    arguments = native.Experts(*pointers, *biases, has_gate, activation, *bits, *clip)
-    return Layer(arguments, first.columns, second.rows, (gate_up, down, gate_up_bias, down_bias))
+    transform, matrices = _transform(second.columns) if hadamard else (native.Transform(), [])
+    arguments = native.Experts(*pointers, *biases, has_gate, activation, *bits, *clip, transform)
+    return Layer(arguments, first.columns, second.rows, (gate_up, down, gate_up_bias, down_bias, *matrices))
+
+
+def _transform(columns: int) -> tuple[native.Transform, list[Tensor]]:
+    """The Hadamard transform for the library, and the tensors that it points into."""
+    factors, scale = hadamard_factors(columns)
+    padded = [None if matrix is None else F.pad(matrix, (0, -order % 16)) for order, matrix in factors]
+    entries = [
+        native.Factor(order, None if matrix is None else matrix.data_ptr())
+        for (order, _), matrix in zip(factors, padded, strict=True)
+    ]
+    array = (native.Factor * len(entries))(*entries)
+    return native.Transform(array, len(entries), scale), [matrix for matrix in padded if matrix is not None]
 
 
 def _experts(x: Tensor, index: Tensor, weight: Tensor, layer: Layer) -> Tensor:
@@ -342,7 +369,7 @@ def _plain_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None
 @_operator(
     "experts(Tensor x, Tensor index, Tensor weight, Tensor gate_up, int[] gate_up_shape, Tensor down, "
     "int[] down_shape, Tensor? gate_up_bias, Tensor? down_bias, bool has_gate, int activation, int[] bits, "
-    "float[] clip) -> Tensor",
+    "float[] clip, bool hadamard) -> Tensor",
     fake=lambda x, index, weight, gate_up, gate_up_shape, down, down_shape, *_: x.new_empty(len(x), down_shape[1]),
 )
 def _experts_operator(x: Tensor, index: Tensor, weight: Tensor, *operands: Any) -> Tensor:

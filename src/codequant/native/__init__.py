@@ -18,6 +18,18 @@ class Matrices(ctypes.Structure):
     _fields_.insert(0, ("panels", c_void_p))
 
 
+class Factor(ctypes.Structure):
+    """`Factor` of isa.h."""
+
+    _fields_ = [("order", c_int64), ("matrix", c_void_p)]
+
+
+class Transform(ctypes.Structure):
+    """`Transform` of isa.h."""
+
+    _fields_ = [("factors", POINTER(Factor)), ("count", c_int64), ("scale", c_float)]
+
+
 class Experts(ctypes.Structure):
     """`Experts` of experts.cpp."""
 
@@ -32,6 +44,7 @@ class Experts(ctypes.Structure):
         ("down_bits", c_int64),
         ("input_clip", c_float),
         ("down_clip", c_float),
+        ("down_transform", Transform),
     ]
 
 

@@ -96,17 +96,20 @@ struct Output {
   }
 };
 
-// x [rows, m.columns] -> planes(bits) tokens per row.
-const Token* quantize_rows(const Matrices& m, Values x, int64_t rows, int64_t bits, float clip, int64_t threads,
-                           Buffer& levels, Buffer& tokens) {
+// x [rows, m.columns], transformed -> planes(bits) tokens per row.
+const Token* quantize_rows(const Matrices& m, Values x, int64_t rows, const Transform& transform, int64_t bits,
+                           float clip, int64_t threads, Buffer& levels, Buffer& tokens) {
   constexpr int64_t kBlock = 16;
   const int64_t row_bytes = planes(bits) * m.level_bytes();
   uint8_t* level = levels.get<uint8_t>(rows * row_bytes + tile_slack(m));
   Token* token = tokens.get<Token>(rows * planes(bits));
   parallel_for(threads, ceil_div(rows, kBlock), [&](int64_t block) {
-    thread_local Buffer wide;
+    thread_local Buffer wide, scratch;
     for (int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); ++row) {
       const float* values = x.floats(row * m.columns, m.columns, wide);
+      if (transform.count > 0) {
+        values = isa().transform(transform, values, m.columns, scratch.get<float>(2 * m.columns));
+      }
       isa().quantize(m, values, bits, clip, level + row * row_bytes, token + row * planes(bits));
     }
   });
@@ -226,7 +229,7 @@ void linear(const Matrices& m, Values x, int64_t tokens, int64_t share, Values e
     std::fill(y.at(0), y.at(tokens * share * m.rows), char{0});
   }
   if (routed.groups.empty()) return;
-  const Token* token = quantize_rows(m, x, tokens, bits, clip, threads, workspace.levels, workspace.tokens);
+  const Token* token = quantize_rows(m, x, tokens, {}, bits, clip, threads, workspace.levels, workspace.tokens);
   const int64_t panels = m.panels_each(), cut = cuts(threads, static_cast<int64_t>(routed.groups.size()), panels);
   parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
     const Group& group = routed.groups[static_cast<size_t>(task / cut)];
@@ -254,6 +257,7 @@ struct Experts {
   Activation activation;
   int64_t input_bits, down_bits;
   float input_clip, down_clip;
+  Transform down_transform;  // of the intermediate, before it is quantized
 };
 
 // activation(gate) * up of every slot of the route -> hidden [routed.order.size(), gate_up->rows].
@@ -324,10 +328,10 @@ void experts(const Experts& e, Values x, int64_t tokens, int64_t share, Values e
   Workspace& w = workspace;
   const Route routed = route(expert, tokens * share, e.down->count);
   const int64_t slots = static_cast<int64_t>(routed.order.size());
-  const Token* token = quantize_rows(*e.gate_up, x, tokens, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
+  const Token* token = quantize_rows(*e.gate_up, x, tokens, {}, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
   float* hidden = w.hidden.get<float>(slots * e.gate_up->rows);
   gate_and_up(e, routed, token, share, threads, hidden);
-  token = quantize_rows(*e.down, {hidden, Dtype::float32}, slots, e.down_bits, e.down_clip, threads, w.hidden_levels,
+  token = quantize_rows(*e.down, {hidden, Dtype::float32}, slots, e.down_transform, e.down_bits, e.down_clip, threads, w.hidden_levels,
                         w.hidden_tokens);
   down_and_sum(e, routed, token, tokens, share, weight.floats(0, tokens * share, w.weights), threads, y);
 }

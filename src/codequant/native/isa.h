@@ -43,6 +43,19 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::int64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::int32 ? 4 : 2;
 }
 
+// One Kronecker factor of codequant.hadamard's H_n.
+struct Factor {
+  int64_t order;
+  const float* matrix;  // [order, order rounded up to kRows], padded with 0; null: Sylvester's, of a power of two
+};
+
+// x @ H_n; the same as no transform at all where it has no factors. kernels/cpu.py makes it.
+struct Transform {
+  const Factor* factors;  // [count]; their orders' product is n
+  int64_t count;
+  float scale;  // of the factors' product
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -59,6 +72,9 @@ struct Isa {
 
   // gate[i] = activation(gate[i]) * up[i], or without the product where up is null.
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
+
+  // x [columns] -> its transform, somewhere in scratch [2 * columns].
+  const float* (*transform)(const Transform& transform, const float* x, int64_t columns, float* scratch);
 
   // From a floating-point dtype to float32, and back, rounded half to even.
   void (*widen)(Dtype dtype, const void* x, int64_t count, float* out);

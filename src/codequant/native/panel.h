@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "convert.h"
+#include "hadamard.h"
 #include "isa.h"
 
 namespace codequant {
@@ -456,7 +457,7 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
 
 template <class V>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, V::tiles, quantize, product<V>, activate, widen, narrow};
+  return {name, supported, V::tiles, quantize, product<V>, activate, transform, widen, narrow};
 }
 
 }  // namespace
