@@ -1,6 +1,6 @@
 """The native library, if it was built: `library()` is a ctypes handle or None. Everything in it is `extern "C"`; the
 argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp,
-bandwidth.cpp)."""
+yardsticks.cpp)."""
 
 import ctypes
 import os
@@ -55,6 +55,7 @@ _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
     "codequant_use_isa": (c_int, [c_char_p]),
     "codequant_read": (c_uint64, [c_void_p, c_int64, c_int64]),
+    "codequant_micro_kernel": (c_int64, [c_int64]),
     "codequant_bytes": (c_int64, [_MATRICES]),
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
     "codequant_to_panels": (None, [_MATRICES, c_void_p, c_void_p, c_void_p, c_int64]),

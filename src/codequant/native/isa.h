@@ -76,6 +76,9 @@ struct Isa {
   // x [columns] -> its transform, somewhere in scratch [2 * columns].
   const float* (*transform)(const Transform& transform, const float* x, int64_t columns, float* scratch);
 
+  // The innermost loop of `product` for many tokens, on operands in the first cache. Returns the operations done.
+  int64_t (*micro_kernel)(int64_t repeats);
+
   // From a floating-point dtype to float32, and back, rounded half to even.
   void (*widen)(Dtype dtype, const void* x, int64_t count, float* out);
   void (*narrow)(Dtype dtype, const float* x, int64_t count, void* out);

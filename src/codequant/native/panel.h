@@ -348,6 +348,30 @@ void product(const Matrices& m, const Panel* panels, int64_t width, const Token*
   product_bits<V, 2>(m, panels, width, tokens, count, scratch);
 }
 
+template <class V>
+int64_t micro_kernel(int64_t repeats) {
+  constexpr int64_t columns = 512;
+  alignas(64) uint8_t memory[kWidth * columns * kRows + 32 * columns] = {};  // decoded panels, then levels
+  uint8_t* const levels = memory + kWidth * columns * kRows;
+  if constexpr (V::tiles) {
+    const typename V::Session session;
+    alignas(64) int32_t dot[kWidth][V::tile_tokens][kRows];
+    for (int64_t i = 0; i < repeats; ++i) {
+      V::multiply(memory, true, columns, levels, columns, true, i == 0, {memory, memory}, 0, dot);
+    }
+    return 2 * repeats * columns * kWidth * kRows * V::tile_tokens;
+  }
+  float out[V::dense_tokens][kRows] = {};
+  Token tokens[V::dense_tokens];
+  for (int64_t t = 0; t < V::dense_tokens; ++t) tokens[t] = {levels + t * columns, 0.0f, 0.0f, 0};
+  const Segment segment{memory, memory, 0, 0, true, out};
+  for (int64_t i = 0; i < repeats; ++i) {
+    dense<V, V::dense_tokens>(segment, memory, columns, memory, 0, tokens, 0);
+    __asm__ volatile("" ::"r"(memory), "r"(out) : "memory");  // someone might look: nothing may be left out
+  }
+  return 2 * repeats * columns * kRows * V::dense_tokens;
+}
+
 // Plain loops from here on: the compiler vectorizes them for the instruction set of the source that includes this.
 
 inline float smaller(float a, float b) { return a < b ? a : b; }
@@ -457,7 +481,7 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
 
 template <class V>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, V::tiles, quantize, product<V>, activate, transform, widen, narrow};
+  return {name, supported, V::tiles, quantize, product<V>, activate, transform, micro_kernel<V>, widen, narrow};
 }
 
 }  // namespace
