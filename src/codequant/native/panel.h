@@ -45,7 +45,7 @@ ALWAYS_INLINE inline void repeat(F f) {
 constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
 constexpr int64_t kLine = 64;             // bytes of a cache line
 // How far ahead to fetch weights into the second and into the first cache, in bytes. Both together let two panels side
-// by side stream at 92% of a plain read on Sapphire Rapids; 4096 is 3% slower, and either cache alone 5 to 25%.
+// by side stream at 90% of a plain read on Sapphire Rapids; 4096 is 3% slower, and either cache alone 5 to 25%.
 constexpr int64_t kFar = 3072, kNear = 768;
 
 // Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
