@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/codequant/native")
 COMMON = (
-    *("bandwidth", "dispatch", "experts", "module", "portable", "repack", "threads"),  # kernels
+    *("dispatch", "experts", "module", "portable", "repack", "threads", "yardsticks"),  # kernels
     *("clustering", "error_feedback"),  # quantization
 )
 # One source per instruction set, with the flags of that source alone; the best is chosen at run time.

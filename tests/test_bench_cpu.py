@@ -26,8 +26,12 @@ def test_rows_reach_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {"codequant-a8", "codequant-a16", "torch-bf16", "torch-int4pack", "read"} <= names
     if ggml.library() is not None:
         assert {f"llama.cpp-{kind}" for kind in ggml.TYPES} <= names
-    assert {row["tokens"] for row in rows} == {1, 3}
-    assert all(row["p10_us"] <= row["median_us"] <= row["p90_us"] and row["gb_per_s"] > 0 for row in rows)
+    products = [row for row in rows if row["ratio_to"] == cpu.MICRO_KERNEL]
+    assert [row["implementation"] for row in products] == ["codequant-a8-linear", cpu.MICRO_KERNEL]
+    assert all(row["tera_ops_per_s"] > 0 for row in products)
+    layers = [row for row in rows if row not in products]
+    assert {row["tokens"] for row in layers} == {1, 3} and all(row["gb_per_s"] > 0 for row in layers)
+    assert all(row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["implementation"] == cpu.BASELINE)
     with (tmp_path / "r" / "a.csv").open() as file:
         lines = list(csv.DictReader(file))

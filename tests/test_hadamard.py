@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 
-from codequant.hadamard import hadamard_matrix, hadamard_transform
+from codequant.hadamard import hadamard_factors, hadamard_matrix, hadamard_transform
 
 # Powers of two; one, two and three Paley blocks of both kinds; too few twos (6, 18, 90); odd; no construction (52, 92).
 WIDTHS = [1, 2, 8, 12, 20, 24, 28, 36, 44, 48, 144, 576, 768, 2880, 6, 18, 90, 7, 15, 52, 92, 1408]
@@ -32,6 +32,15 @@ def test_transform_is_the_product_with_the_matrix(n):
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), x.float().double() @ H, rtol=0, atol=4 * n * 2**-24 * norm)
     assert hadamard_transform(x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_factors_multiply_to_the_matrix(n):
+    factors, scale = hadamard_factors(n)
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for order, matrix in factors:
+        product = torch.kron(product, hadamard_matrix(order) * order**0.5 if matrix is None else matrix.double())
+    torch.testing.assert_close(product * scale, hadamard_matrix(n), rtol=0, atol=2**-22)
 
 
 def test_transform_takes_a_view():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from codequant import kernels, native
 from codequant.errors import InputError
+from codequant.hadamard import hadamard_transform
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
 from codequant.packing import PackedParts, PackedWeight, pack, unpack
@@ -109,6 +110,39 @@ def test_linear_of_half_precision_rounds_once(dtype: torch.dtype) -> None:
         y = cpu.linear(x, cpu.prepare_linear(weight), None, bits)
         assert y.dtype == dtype and y.shape == (2, 3, 33)
         assert torch.equal(y, cpu.linear(x.float(), cpu.prepare_linear(weight), None, bits).to(dtype))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_converted_as_torch_does(dtype: torch.dtype, isa: str) -> None:
+    native.use_instruction_set(isa)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].reshape(-1, 2)
+    weight = cpu.prepare_linear(random_weight(3, 2))
+    assert torch.equal(cpu.linear(every, weight, None, 16), cpu.linear(every.float(), weight, None, 16).to(dtype))
+    # The bias is all there is: numbers of every size, halfway cases of both dtypes, and what is not finite.
+    bits = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int32)
+    bits[::3] = bits[::3] >> 13 << 13 | 1 << 12
+    bits[1::3] = bits[1::3] >> 16 << 16 | 1 << 15
+    bias = torch.cat([bits.view(torch.float32), torch.tensor([torch.inf, -torch.inf, 65519.9, 65520.0])])
+    rows = len(bias)
+    nothing = pack(torch.zeros(rows, 1, dtype=torch.uint8), torch.zeros(rows, 1, 4).char(), torch.ones(rows, 1).half())
+    y = cpu.linear(torch.ones(1, 1, dtype=dtype), cpu.prepare_linear(nothing), bias, 16)[0]
+    assert torch.equal(y.isnan(), bias.isnan())
+    assert torch.equal(y[~y.isnan()], bias[~bias.isnan()].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_of_half_precision_round_once(dtype: torch.dtype) -> None:
+    experts = random_experts(5, 70, 23, 37, input_bits=8, down_bits=8)
+    prepared = cpu.prepare_experts(experts)
+    x, (index, weights) = torch.randn(9, 70).to(dtype), random_routing(9, 3, 5)
+    weights = weights.to(dtype)
+    expected = cpu.experts(x.float(), index, weights.float(), prepared)
+    assert expected.dtype == torch.float32
+    for i in (index, index.int(), index.to(torch.int16), index.mT.contiguous().mT):
+        y = cpu.experts(x, i, weights, prepared)
+        assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
 
 
 def test_activation_levels_are_the_twins() -> None:
@@ -245,6 +279,39 @@ def test_experts_with_biases_and_every_activation(name: str, gate: bool) -> None
     experts = replace(experts, **biases)
     y = cpu.experts(x, *routing, cpu.prepare_experts(experts))
     torch.testing.assert_close(y, reference.codebook_experts(x, *routing, experts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("width", [1, 8, 16, 24, 32, 90, 144, 768, 1024])
+def test_hadamard_of_the_intermediate_equals_the_twin(width: int, isa: str) -> None:
+    """Every kind of factor and several of them. Without quantization behind it, float32 roundings are all that differs:
+    of the two products and the transform, each a sum of at most `width` or 40 terms, with every norm kept by H_n."""
+    native.use_instruction_set(isa)
+    poison()
+    experts = random_experts(3, 40, width, 19, input_bits=8, down_transform=hadamard_transform)
+    prepared = cpu.prepare_experts(experts)
+    assert prepared.fused
+    x, (index, weights) = torch.randn(7, 40), random_routing(7, 2, 3)
+    y = cpu.experts(x, index, weights, prepared)
+    expected = reference.codebook_experts(x.double(), index, weights.double(), experts)
+    plain = replace(experts, down_transform=None)
+    assert isinstance(experts.gate_up, PackedWeight) and isinstance(experts.down, PackedWeight)
+    gate_up, down = unpack(experts.gate_up).double(), unpack(experts.down).double()
+    largest = (1.2 * x.double().norm(dim=1).max() ** 2) * (gate_up.norm(dim=2).amax() ** 2) * width**0.5
+    tolerance = 2 * (40 + 2 * width + 40) * EPS * largest * down.norm(dim=2).amax() * weights.sum(1).max()
+    assert_within(y, expected, tolerance)
+    assert (
+        not torch.allclose(expected, reference.codebook_experts(x.double(), index, weights.double(), plain))
+        or width == 1
+    )
+    experts = replace(experts, down_bits=8)
+    prepared = cpu.prepare_experts(experts)
+    torch.set_num_threads(1)
+    y = cpu.experts(x, index, weights, prepared)
+    expected = reference.codebook_experts(x, index, weights, experts)
+    assert (y - expected).norm() <= expected.norm() / 255  # levels that round the other way are one step off, and few
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.experts(x[2:5], index[2:5], weights[2:5], prepared), y[2:5])
 
 
 def test_routing_extremes() -> None:
@@ -384,14 +451,13 @@ def test_operators_trace_and_compile() -> None:
     assert torch.equal(compiled(x, index, weights), layer(x, index, weights))
     assert torch.equal(compiled(x[:3], index[:3], weights[:3]), layer(x[:3], index[:3], weights[:3]))
     torch.library.opcheck(
-        torch.ops.codequant_cpu.linear, (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0)
+        torch.ops.codequant_cpu.linear,
+        (x, None, prepared.data, prepared.shape, torch.randn(33), 8, 1.0, torch.bfloat16),
     )
     torch.library.opcheck(
         torch.ops.codequant_cpu.plain_linear, (x, index, torch.randn(4, 5, 70), torch.randn(4, 5), 8, 1.0)
     )
-    gate_up, down = prepared_experts.gate_up, prepared_experts.down
-    arguments = (gate_up.data, gate_up.shape, down.data, down.shape, None, None, True, 0, [8, 8], [1.0, 1.0])
-    torch.library.opcheck(torch.ops.codequant_cpu.experts, (x, index, weights, *arguments))
+    torch.library.opcheck(torch.ops.codequant_cpu.experts, (x, index, weights, *prepared_experts.operands()))
 
 
 def test_calls_from_many_threads_at_once() -> None:
@@ -418,8 +484,9 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path: Path) -> None:
 
     def multiply() -> Tensor:  # without PyTorch's own operators, whose thread pool does not survive a fork
         y = torch.empty(60, 512)
-        matrices = native.Matrices(prepared.data.data_ptr(), *prepared.shape)
-        status = library.codequant_linear(matrices, x.data_ptr(), 60, 1, None, None, 8, 1.0, 3, y.data_ptr())
+        status = library.codequant_linear(
+            prepared.matrices, 60, 1, x.data_ptr(), 0, None, 0, None, 8, 1.0, 3, y.data_ptr(), 0
+        )
         assert status == 0
         return y
 

@@ -37,6 +37,17 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return y.reshape(x.shape) * scale
 
 
+def hadamard_factors(n: int) -> tuple[list[tuple[int, Tensor | None]], float]:
+    """H_n for kernels: the orders and matrices (float32) of its Kronecker factors, and what to multiply their product
+    by. None stands for Sylvester's matrix, whose butterflies run over what the later factors leave: at least 16 wide
+    where there is any choice."""
+    power, hadamards, cosines = _factors(n)
+    dense = [*map(_paley, hadamards), *map(_cosines, cosines)] or [_sylvester(min(power, 16))]
+    sylvester = n // prod(map(len, dense))
+    factors: list[tuple[int, Tensor | None]] = [(sylvester, None), *((len(block), block.float()) for block in dense)]
+    return factors, (power * prod(hadamards)) ** -0.5
+
+
 @cache
 def _blocks(n: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], float]:
     """Factors of H_n in order, and the number to multiply their Kronecker product by."""

@@ -15,6 +15,7 @@ struct Experts {  // as in experts.cpp
   const float *gate_up_bias, *down_bias;
   int64_t has_gate, activation, input_bits, down_bits;
   float input_clip, down_clip;
+  codequant::Transform down_transform;
 };
 
 extern "C" {
@@ -25,10 +26,12 @@ void codequant_to_panels(const codequant::Matrices* m, uint8_t* const*, int64_t 
                          int64_t threads);
 void codequant_from_panels(const codequant::Matrices* m, uint8_t* const*, int64_t part_rows, int8_t*, float*,
                            int64_t threads);
-int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                     const float* bias, int64_t bits, float clip, int64_t threads, float* y);
-int codequant_experts(const Experts* e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-                      const float* weight, int64_t threads, float* y);
+int codequant_linear(const codequant::Matrices* m, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
+                     const void* expert, codequant::Dtype, const float* bias, int64_t bits, float clip, int64_t threads,
+                     void* y, codequant::Dtype);
+int codequant_experts(const Experts* e, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
+                      const void* expert, codequant::Dtype, const void* weight, codequant::Dtype, int64_t threads,
+                      void* y);
 }
 
 namespace {
@@ -42,6 +45,15 @@ std::vector<float> normal(int64_t count) {
   std::vector<float> values(static_cast<size_t>(count));
   for (float& v : values) v = distribution(engine);
   return values;
+}
+
+using Bytes = std::vector<uint8_t>;
+
+Bytes random(int64_t count, codequant::Dtype dtype) {
+  const auto values = normal(count);
+  Bytes bytes(static_cast<size_t>(count * codequant::size_of(dtype)));
+  codequant::isa().narrow(dtype, values.data(), count, bytes.data());
+  return bytes;
 }
 
 void expect(bool condition, const char* what) {
@@ -106,25 +118,31 @@ void one_case() {
   const int64_t activation_bits[] = {4, 8, 16};
   const int64_t input_bits = activation_bits[draw(0, 2)], down_bits = activation_bits[draw(0, 2)];
   Weight first(count * (1 + gate), middle, columns, groups, bits), second(count, rows, middle, 1, bits);
-  const auto x = normal(tokens * columns), weight = normal(tokens * share);
+  const auto dtype = static_cast<codequant::Dtype>(draw(0, 2));
+  const auto x = random(tokens * columns, dtype), weight = random(tokens * share, dtype);
   const auto first_bias = normal(first.m.count * middle), second_bias = normal(count * rows);
-  std::vector<int64_t> expert(static_cast<size_t>(tokens * share));
-  for (int64_t& e : expert) e = draw(-1, count);
-  std::vector<float> linear, experts;
+  std::vector<int32_t> expert(static_cast<size_t>(tokens * share));
+  for (int32_t& e : expert) e = static_cast<int32_t>(draw(-1, count));
+  const int64_t size = codequant::size_of(dtype), order = middle % 2 == 0 ? middle / 2 : middle;
+  const auto matrix = normal(order * codequant::ceil_div(order, 16) * 16);
+  const codequant::Factor factors[] = {{middle / order, nullptr}, {order, matrix.data()}};
+  const codequant::Transform transform{factors, draw(0, 1) * 2, 0.3f};
+  Bytes linear, experts;
   for (int64_t i = 0; codequant_isa(i) != nullptr; ++i) {
     expect(codequant_use_isa(codequant_isa(i)) == 0, "a listed instruction set can be chosen");
     const int64_t threads = draw(1, 3);
     first.prepare(threads);
     second.prepare(threads);
-    std::vector<float> y(static_cast<size_t>(tokens * share * middle), -1e30f);
-    codequant_linear(&first.m, x.data(), tokens, share, expert.data(), first_bias.data(), input_bits, 0.9f, threads,
-                     y.data());
+    Bytes y(static_cast<size_t>(tokens * share * middle * size), 0xAA);
+    codequant_linear(&first.m, tokens, share, x.data(), dtype, expert.data(), codequant::Dtype::int32,
+                     first_bias.data(), input_bits, 0.9f, threads, y.data(), dtype);
     expect(i == 0 || same(y, linear), "linear has the same bits on every instruction set");
     linear = y;
     const Experts e{&first.m, &second.m, first_bias.data(), second_bias.data(), gate, activation, input_bits, down_bits,
-                    1.0f,     0.9f};
-    y.assign(static_cast<size_t>(tokens * rows), -1e30f);
-    codequant_experts(&e, x.data(), tokens, share, expert.data(), weight.data(), threads, y.data());
+                    1.0f,     0.9f, transform};
+    y.assign(static_cast<size_t>(tokens * rows * size), 0xAA);
+    codequant_experts(&e, tokens, share, x.data(), dtype, expert.data(), codequant::Dtype::int32, weight.data(), dtype,
+                      threads, y.data());
     expect(i == 0 || same(y, experts), "experts have the same bits on every instruction set");
     experts = y;
   }

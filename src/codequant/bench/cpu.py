@@ -12,6 +12,9 @@ time with more. `gb_per_s` counts the weights of the experts that were called, i
     torch-int4pack              the int4 kernel of torchao and gpt-fast: groups of 128, bf16 activations
     llama.cpp-FORMAT            llama.cpp's graph of the layer, where a package with ggml is installed (bench/ggml.py)
     read                        a STREAM-like read of as many bytes as codequant-a8's, the roofline of decoding
+
+The products themselves are measured on one dense matrix and many tokens, against the innermost loop alone on operands
+in the first cache (micro-kernel), which does as many operations.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from codequant.kernels.reference import ExpertWeights
 from codequant.packing import PackedWeight, unpack
 
 BASELINE = "torch-bf16"
+MICRO_KERNEL = "micro-kernel"
 FILE_READ = "file-read"
 
 
@@ -291,6 +295,42 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
     ]
 
 
+def product_rows(seconds: float, tokens: int = 512, size: int = 2048) -> list[dict[str, Any]]:
+    """A codebook matrix [size, size] times many tokens on one thread, from float32 to float32, and the micro-kernel."""
+    library = native.library()
+    assert library is not None
+    native.instruction_set()
+    weight = _random_weight(1, size, size)
+    prepared = cpu.prepare_linear(PackedWeight(weight.packed[0], weight.codebook[0], weight.step[0], size))
+    x, operations, repeats = torch.randn(tokens, size), 2 * tokens * size * size, 1000
+    times: dict[str, list[float]] = {"codequant-a8-linear": [], MICRO_KERNEL: []}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while len(times[MICRO_KERNEL]) < 5 or sum(times["codequant-a8-linear"]) < seconds:
+            start = time.thread_time()
+            cpu.linear(x, prepared, None, 8)
+            middle = time.thread_time()
+            done = library.codequant_micro_kernel(repeats)
+            times["codequant-a8-linear"].append(middle - start)
+            times[MICRO_KERNEL].append((time.thread_time() - middle) * operations / done)
+    finally:
+        torch.set_num_threads(before)
+    summary = {name: results.percentiles(values) for name, values in times.items()}
+    return [
+        {
+            "implementation": name,
+            "shape": f"{size}x{size}",
+            "tokens": tokens,
+            "threads": 1,
+            **summary[name],
+            "tera_ops_per_s": round(operations / summary[name]["median_us"] / 1e6, 2),
+            **ratio(summary[name], MICRO_KERNEL, summary[MICRO_KERNEL]),
+        }
+        for name in times
+    ]
+
+
 def ratio(own: dict[str, float], name: str, baseline: dict[str, float]) -> dict[str, Any]:
     """How many times faster the median is than a baseline's."""
     return {"ratio_to": name, "ratio": round(baseline["median_us"] / own["median_us"], 2)}
@@ -385,7 +425,7 @@ def run_model(
 def table(rows: list[dict[str, Any]]) -> str:
     """For the screen."""
     width = max(len(r["shape"]) for r in rows)
-    rates = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s"}
+    rates = {"tokens_per_s": "tokens/s", "gb_per_s": "GB/s", "tera_ops_per_s": "T op/s"}
     lines = [
         f"{'implementation':22} {'shape':{width}} {'T':>5} {'thr':>3} {'median us':>11} {'p10':>10} {'p90':>10} "
         f"{'rate':>17} {'ratio':>6}"
@@ -415,6 +455,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = run_model(a.model[0], a.model[1], a.threads) + load_rows(a.model[0])
     else:
         rows = run(a.shape.split(","), [int(t) for t in a.tokens.split(",")], a.threads, a.seconds)
+        rows += product_rows(a.seconds)
     results.append("cpu", rows, f"{results.cpu_name()}, cpu", native.instruction_set(), a.results)
     if a.json:
         a.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -14,8 +14,8 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from torch.nn import functional as F
 
 from codequant import native
 from codequant.errors import InputError
+from codequant.hadamard import hadamard_factors, hadamard_transform
 from codequant.kernels.reference import FULL_PRECISION, ExpertWeights, fake_quantize
 from codequant.packing import PackedParts, PackedWeight, packed_columns
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # enum class Activation of native/isa.h
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class Dtype of native/isa.h, as the next
+INTEGERS = {torch.int64: 3, torch.int32: 4}
 MAX_GROUP = 2**16  # columns: the integers of panel.h have room for no more
 
 
@@ -39,10 +42,7 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def _library() -> ctypes.CDLL:
-    library = native.library()
-    assert library is not None  # `unavailable` has said so
-    return library
+_library = cast(Callable[[], ctypes.CDLL], native.library)  # where it gives None, `unavailable` has said so
 
 
 # Preparing
@@ -66,6 +66,10 @@ class Panels:
     shape: Shape
     stack: tuple[int, ...]  # [..., O] of the weight it was made from, whose rows in order are those of the matrices
 
+    @cached_property
+    def matrices(self) -> native.Matrices:
+        return native.Matrices(self.data.data_ptr(), *self.shape)
+
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
@@ -82,20 +86,19 @@ def prepare_linear(weight: PackedWeight | PackedParts, split: int = 1) -> Panels
         raise InputError(f"group_size: {weight.group_size} columns to a codebook, the native kernels take {MAX_GROUP}")
     *stack, groups, _ = codebook.shape
     shape = Shape(math.prod(stack[:-1]) * split, stack[-1] // split, weight.in_features, groups, weight.bits)
-    matrices = native.Matrices(None, *shape)
-    data = torch.empty(_library().codequant_bytes(matrices), dtype=torch.uint8)
+    data = torch.empty(_library().codequant_bytes(native.Matrices(None, *shape)), dtype=torch.uint8)
     _library().codequant_advise_huge_pages(data.data_ptr(), data.numel())
-    matrices.panels = data.data_ptr()
+    panels = Panels(data, shape, tuple(stack))
     packed, codebook, step = [part.contiguous() for part in packed], codebook.contiguous(), step.float().contiguous()
     _library().codequant_to_panels(
-        matrices,
+        panels.matrices,
         _pointers(packed),
         math.prod(stack) // len(packed),
         codebook.data_ptr(),
         step.data_ptr(),
         torch.get_num_threads(),
     )
-    return Panels(data, shape, tuple(stack))
+    return panels
 
 
 def _restore_linear(panels: Panels) -> PackedWeight:
@@ -104,7 +107,7 @@ def _restore_linear(panels: Panels) -> PackedWeight:
     codebook = torch.empty(*stack, shape.groups, 2**shape.bits, dtype=torch.int8)
     step = torch.empty(*stack, shape.groups)
     _library().codequant_from_panels(
-        native.Matrices(panels.data.data_ptr(), *shape),
+        panels.matrices,
         _pointers([packed]),
         math.prod(stack),
         codebook.data_ptr(),
@@ -124,6 +127,32 @@ class PreparedExperts:
     weights: ExpertWeights  # everything but gate_up and down, which are empty here
     fused: bool
 
+    def operands(self) -> tuple[Any, ...]:
+        """Where fused: what the operator `experts` takes after x, index and weight."""
+        w, gate_up, down = self.weights, self.gate_up, self.down
+        assert isinstance(gate_up, Panels) and isinstance(down, Panels) and w.activation is not None
+        biases = (None if bias is None else bias.float().contiguous() for bias in (w.gate_up_bias, w.down_bias))
+        activation = ACTIVATIONS.index(w.activation)
+        bits, clip = [w.input_bits, w.down_bits], [w.input_clip, w.down_clip]
+        transform = w.down_transform is not None
+        return (
+            gate_up.data,
+            gate_up.shape,
+            down.data,
+            down.shape,
+            *biases,
+            w.has_gate,
+            activation,
+            bits,
+            clip,
+            transform,
+        )
+
+    @cached_property
+    def layer(self) -> "Layer":
+        """The same for the library. Made once: it takes long against decoding a token."""
+        return _layer(*self.operands())
+
 
 def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
     gate_up, down = experts.gate_up, experts.down
@@ -131,7 +160,7 @@ def prepare_experts(experts: ExpertWeights) -> PreparedExperts:
         not isinstance(gate_up, Tensor)
         and not isinstance(down, Tensor)
         and experts.activation in ACTIVATIONS
-        and experts.down_transform is None
+        and experts.down_transform in (None, hadamard_transform)
     )
     nothing = torch.empty(0)
     return PreparedExperts(
@@ -152,8 +181,145 @@ def restore(prepared: Panels | PreparedExperts) -> PackedWeight | ExpertWeights:
     return replace(prepared.weights, gate_up=gate_up, down=down)
 
 
-# Operators: thin, with a fake version each, so that torch.compile sees through everything around them. Outside of it
-# they are called directly: with cold caches PyTorch's dispatcher takes a tenth of the time of decoding one layer.
+# Calling the library: with cold caches an operator of PyTorch's costs a percent of decoding one layer, a function of
+# Python's a tenth of that. Only the result is allocated; the library reads and writes the tensors' own dtypes.
+
+
+def _given(x: Tensor, dtypes: dict[torch.dtype, int]) -> tuple[Tensor, int]:
+    """x, contiguous and of one of these dtypes (the first if it has another), and the dtype's code."""
+    code = dtypes.get(x.dtype)
+    if code is None:
+        x = x.to(next(iter(dtypes)))
+        code = dtypes[x.dtype]
+    return x.contiguous(), code
+
+
+def _check_input(x: Tensor, columns: int) -> None:
+    if x.dtype not in FLOATS or x.shape[-1] != columns:
+        raise InputError(
+            f"x: {x.dtype} {list(x.shape)}, expected float32, bfloat16 or float16 [..., {columns}]; "
+            "CODEQUANT_BACKEND=reference computes in float64 too"
+        )
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("codequant's native kernels could not allocate their workspace")
+
+
+def _linear(
+    x: Tensor,
+    expert: Tensor | None,
+    matrices: native.Matrices,
+    bias: Tensor | None,
+    bits: int,
+    clip: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x [T, I] -> [S, O]: slot s of the S = expert.numel() (or T) is a product of x[s // (S / T)] with the matrix
+    expert[s] (or 0) of the stack, plus bias [count, O]; 0 where there is no such expert."""
+    _check_input(x, matrices.columns)
+    x, x_dtype = _given(x, FLOATS)
+    expert, expert_dtype = (None, 0) if expert is None else _given(expert, INTEGERS)
+    bias = None if bias is None else bias.float().contiguous()
+    tokens = len(x)
+    slots = tokens if expert is None else expert.numel()
+    y = torch.empty(slots, matrices.rows, dtype=dtype)
+    if slots:
+        _check(
+            _library().codequant_linear(
+                matrices,
+                tokens,
+                slots // tokens,
+                x.data_ptr(),
+                x_dtype,
+                None if expert is None else expert.data_ptr(),
+                expert_dtype,
+                None if bias is None else bias.data_ptr(),
+                bits,
+                clip,
+                torch.get_num_threads(),
+                y.data_ptr(),
+                FLOATS[dtype],
+            )
+        )
+    return y
+
+
+class Layer(NamedTuple):
+    """One layer's experts for the library."""
+
+    arguments: native.Experts
+    columns: int
+    rows: int
+    tensors: tuple[Any, ...]  # that `arguments` points into
+
+
+def _layer(
+    gate_up: Tensor,
+    gate_up_shape: list[int],
+    down: Tensor,
+    down_shape: list[int],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    has_gate: bool,
+    activation: int,
+    bits: list[int],
+    clip: list[float],
+    hadamard: bool,
+) -> Layer:
+    """bits and clip: of the input, of the intermediate, which `hadamard` transforms before."""
+    first, second = native.Matrices(gate_up.data_ptr(), *gate_up_shape), native.Matrices(down.data_ptr(), *down_shape)
+    biases = (None if bias is None else bias.data_ptr() for bias in (gate_up_bias, down_bias))
+    pointers = ctypes.pointer(first), ctypes.pointer(second)
+    transform, matrices = _transform(second.columns) if hadamard else (native.Transform(), [])
+    arguments = native.Experts(*pointers, *biases, has_gate, activation, *bits, *clip, transform)
+    return Layer(arguments, first.columns, second.rows, (gate_up, down, gate_up_bias, down_bias, *matrices))
+
+
+def _transform(columns: int) -> tuple[native.Transform, list[Tensor]]:
+    """The Hadamard transform for the library, and the tensors that it points into."""
+    factors, scale = hadamard_factors(columns)
+    padded = [None if matrix is None else F.pad(matrix, (0, -order % 16)) for order, matrix in factors]
+    entries = [
+        native.Factor(order, None if matrix is None else matrix.data_ptr())
+        for (order, _), matrix in zip(factors, padded, strict=True)
+    ]
+    array = (native.Factor * len(entries))(*entries)
+    return native.Transform(array, len(entries), scale), [matrix for matrix in padded if matrix is not None]
+
+
+def _experts(x: Tensor, index: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """x [T, I], index and weight [T, k] -> [T, O] in x's dtype."""
+    arguments, columns, rows, _ = layer
+    _check_input(x, columns)
+    (x, x_dtype), (index, index_dtype), (weight, weight_dtype) = (
+        _given(x, FLOATS),
+        _given(index, INTEGERS),
+        _given(weight, FLOATS),
+    )
+    tokens, share = index.shape
+    y = torch.empty(tokens, rows, dtype=x.dtype)
+    _check(
+        _library().codequant_experts(
+            arguments,
+            tokens,
+            share,
+            x.data_ptr(),
+            x_dtype,
+            index.data_ptr(),
+            index_dtype,
+            weight.data_ptr(),
+            weight_dtype,
+            torch.get_num_threads(),
+            y.data_ptr(),
+        )
+    )
+    return y
+
+
+# The same as operators with a fake version each, so that torch.compile sees through everything around them. Only it
+# calls them: PyTorch's dispatcher takes a tenth of the time of decoding one layer.
 
 _operators = torch.library.Library("codequant_cpu", "DEF")
 
@@ -163,86 +329,20 @@ def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
         name = _operators.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
         _operators.impl(name, function, "CPU")
         torch.library.register_fake(f"codequant_cpu::{name}", fake, lib=_operators)
-        operator = getattr(torch.ops.codequant_cpu, name)
-
-        def call(*arguments: Any) -> Tensor:
-            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
-
-        return call
+        return function
 
     return register
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _as(x, torch.float32)
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-@lru_cache(maxsize=4096)
-def _matrices(pointer: int, shape: tuple[int, ...]) -> native.Matrices:
-    return native.Matrices(pointer, *shape)
-
-
-@lru_cache(maxsize=4096)
-def _arguments(
-    gate_up: int, gate_up_shape: tuple[int, ...], down: int, down_shape: tuple[int, ...], *others: Any
-) -> native.Experts:
-    matrices = _matrices(gate_up, gate_up_shape), _matrices(down, down_shape)
-    return native.Experts(*map(ctypes.pointer, matrices), *others)
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("codequant's native kernels could not allocate their workspace")
-
-
-def _check_input(x: Tensor, columns: int) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.shape[-1] != columns:
-        raise InputError(
-            f"x: {x.dtype} {list(x.shape)}, expected float32, bfloat16 or float16 [..., {columns}]; "
-            "CODEQUANT_BACKEND=reference computes in float64 too"
-        )
-
-
 @_operator(
-    "linear(Tensor x, Tensor? expert, Tensor data, int[] shape, Tensor? bias, int bits, float clip) -> Tensor",
-    fake=lambda x, expert, data, shape, bias, bits, clip: x.new_empty(
-        len(x) if expert is None else expert.numel(), shape[1], dtype=torch.float32
+    "linear(Tensor x, Tensor? expert, Tensor data, int[] shape, Tensor? bias, int bits, float clip, "
+    "ScalarType dtype) -> Tensor",
+    fake=lambda x, expert, data, shape, bias, bits, clip, dtype: x.new_empty(
+        len(x) if expert is None else expert.numel(), shape[1], dtype=dtype
     ),
 )
-def _linear(
-    x: Tensor, expert: Tensor | None, data: Tensor, shape: list[int], bias: Tensor | None, bits: int, clip: float
-) -> Tensor:
-    """x [T, I] -> float32 [S, O]: slot s of the S = expert.numel() (or T) is a product of x[s // (S / T)] with the
-    matrix expert[s] (or 0) of the stack, plus bias [count, O]; 0 where there is no such expert."""
-    _check_input(x, shape[2])
-    x, bias, expert = _as(x, torch.float32), _float(bias), None if expert is None else _as(expert, torch.int64)
-    tokens = len(x)
-    slots = tokens if expert is None else expert.numel()
-    y = torch.empty(slots, shape[1])
-    if slots:
-        _check(
-            _library().codequant_linear(
-                _matrices(data.data_ptr(), tuple(shape)),
-                x.data_ptr(),
-                tokens,
-                slots // tokens,
-                _pointer(expert),
-                _pointer(bias),
-                bits,
-                clip,
-                torch.get_num_threads(),
-                y.data_ptr(),
-            )
-        )
-    return y
+def _linear_operator(x: Tensor, expert: Tensor | None, data: Tensor, shape: list[int], *others: Any) -> Tensor:
+    return _linear(x, expert, native.Matrices(data.data_ptr(), *shape), *others)
 
 
 @_operator(
@@ -250,7 +350,7 @@ def _linear(
     fake=lambda x, expert, weight, bias, bits, clip: x.new_empty(expert.numel(), weight.shape[1], dtype=torch.float32),
 )
 def _plain_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None, bits: int, clip: float) -> Tensor:
-    """`_linear` of a plain weight [E, O, I], by PyTorch."""
+    """`_linear` of a plain weight [E, O, I], by PyTorch, in float32."""
     x, expert = fake_quantize(x.float(), bits, clip), expert.flatten()
     share = expert.numel() // max(len(x), 1)
     y = torch.zeros(expert.numel(), weight.shape[1])
@@ -264,98 +364,46 @@ def _plain_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None
 @_operator(
     "experts(Tensor x, Tensor index, Tensor weight, Tensor gate_up, int[] gate_up_shape, Tensor down, "
     "int[] down_shape, Tensor? gate_up_bias, Tensor? down_bias, bool has_gate, int activation, int[] bits, "
-    "float[] clip) -> Tensor",
-    fake=lambda x, index, weight, gate_up, gate_up_shape, down, down_shape, *_: x.new_empty(
-        len(x), down_shape[1], dtype=torch.float32
-    ),
+    "float[] clip, bool hadamard) -> Tensor",
+    fake=lambda x, index, weight, gate_up, gate_up_shape, down, down_shape, *_: x.new_empty(len(x), down_shape[1]),
 )
-def _experts(
-    x: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    gate_up: Tensor,
-    gate_up_shape: list[int],
-    down: Tensor,
-    down_shape: list[int],
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    has_gate: bool,
-    activation: int,
-    bits: list[int],
-    clip: list[float],
-) -> Tensor:
-    """x [T, I], index and weight [T, k] -> float32 [T, O]. bits and clip: of the input, of the intermediate."""
-    _check_input(x, gate_up_shape[2])
-    x, weight, index = _as(x, torch.float32), _as(weight, torch.float32), _as(index, torch.int64)
-    gate_up_bias, down_bias = _float(gate_up_bias), _float(down_bias)
-    y = torch.empty(len(x), down_shape[1])
-    arguments = _arguments(
-        gate_up.data_ptr(),
-        tuple(gate_up_shape),
-        down.data_ptr(),
-        tuple(down_shape),
-        _pointer(gate_up_bias),
-        _pointer(down_bias),
-        has_gate,
-        activation,
-        *bits,
-        *clip,
-    )
-    _check(
-        _library().codequant_experts(
-            arguments,
-            x.data_ptr(),
-            len(x),
-            index.shape[-1],
-            index.data_ptr(),
-            weight.data_ptr(),
-            torch.get_num_threads(),
-            y.data_ptr(),
-        )
-    )
-    return y
+def _experts_operator(x: Tensor, index: Tensor, weight: Tensor, *operands: Any) -> Tensor:
+    return _experts(x, index, weight, _layer(*operands))
 
 
 # Computing
 
 
+def _product(
+    x: Tensor, expert: Tensor | None, panels: Panels, bias: Tensor | None, bits: int, clip: float, dtype: torch.dtype
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.codequant_cpu.linear(x, expert, panels.data, panels.shape, bias, bits, clip, dtype)
+    return _linear(x, expert, panels.matrices, bias, bits, clip, dtype)
+
+
 def linear(
     x: Tensor, prepared: Panels, bias: Tensor | None = None, activation_bits: int = FULL_PRECISION, clip: float = 1.0
 ) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    y = _linear(flat, None, prepared.data, prepared.shape, bias, activation_bits, clip)
-    return y.to(x.dtype).reshape(*x.shape[:-1], prepared.shape.rows)
+    y = _product(x.reshape(-1, x.shape[-1]), None, prepared, bias, activation_bits, clip, x.dtype)
+    return y.reshape(*x.shape[:-1], prepared.shape.rows)
 
 
 def _project(x: Tensor, expert: Tensor, weight: Panels | Tensor, bias: Tensor | None, bits: int, clip: float) -> Tensor:
-    if isinstance(weight, Tensor):
-        return _plain_linear(x, expert, weight, bias, bits, clip)
-    return _linear(x, expert, weight.data, weight.shape, bias, bits, clip)
+    if isinstance(weight, Panels):
+        return _product(x, expert, weight, bias, bits, clip, torch.float32)
+    return torch.ops.codequant_cpu.plain_linear(x, expert, weight, bias, bits, clip)
 
 
 def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: PreparedExperts) -> Tensor:
-    w, gate_up, down = prepared.weights, prepared.gate_up, prepared.down
+    w = prepared.weights
     if prepared.fused:
-        assert isinstance(gate_up, Panels) and isinstance(down, Panels) and w.activation is not None
-        y = _experts(
-            x,
-            top_k_index,
-            top_k_weights,
-            gate_up.data,
-            gate_up.shape,
-            down.data,
-            down.shape,
-            w.gate_up_bias,
-            w.down_bias,
-            w.has_gate,
-            ACTIVATIONS.index(w.activation),
-            [w.input_bits, w.down_bits],
-            [w.input_clip, w.down_clip],
-        )
-        return y.to(x.dtype)
-    hidden = w.apply_gate(_project(x, top_k_index, gate_up, w.gate_up_bias, w.input_bits, w.input_clip))
+        if torch.compiler.is_compiling():
+            return torch.ops.codequant_cpu.experts(x, top_k_index, top_k_weights, *prepared.operands())
+        return _experts(x, top_k_index, top_k_weights, prepared.layer)
+    hidden = w.apply_gate(_project(x, top_k_index, prepared.gate_up, w.gate_up_bias, w.input_bits, w.input_clip))
     if w.down_transform is not None:
         hidden = w.down_transform(hidden)
-    out = _project(hidden, top_k_index, down, w.down_bias, w.down_bits, w.down_clip)  # [T * k, O]
+    out = _project(hidden, top_k_index, prepared.down, w.down_bias, w.down_bits, w.down_clip)  # [T * k, O]
     out = out.view(*top_k_index.shape, -1) * top_k_weights.float().unsqueeze(-1)
     return out.sum(1).to(x.dtype)

@@ -1,6 +1,6 @@
 """The native library, if it was built: `library()` is a ctypes handle or None. Everything in it is `extern "C"`; the
 argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp,
-bandwidth.cpp)."""
+yardsticks.cpp)."""
 
 import ctypes
 import os
@@ -18,6 +18,18 @@ class Matrices(ctypes.Structure):
     _fields_.insert(0, ("panels", c_void_p))
 
 
+class Factor(ctypes.Structure):
+    """`Factor` of isa.h."""
+
+    _fields_ = [("order", c_int64), ("matrix", c_void_p)]
+
+
+class Transform(ctypes.Structure):
+    """`Transform` of isa.h."""
+
+    _fields_ = [("factors", POINTER(Factor)), ("count", c_int64), ("scale", c_float)]
+
+
 class Experts(ctypes.Structure):
     """`Experts` of experts.cpp."""
 
@@ -32,22 +44,25 @@ class Experts(ctypes.Structure):
         ("down_bits", c_int64),
         ("input_clip", c_float),
         ("down_clip", c_float),
+        ("down_transform", Transform),
     ]
 
 
 _MATRICES = POINTER(Matrices)
 _FORMAT = [POINTER(c_void_p), c_int64, c_void_p, c_void_p]  # packed, part_rows, codebook, step
-_INPUT = [c_void_p, c_int64, c_int64, c_void_p]  # x, tokens, share, expert
+_TENSOR = [c_void_p, c_int64]  # data and dtype
+_INPUT = [c_int64, c_int64, *_TENSOR, *_TENSOR]  # tokens, share, x, expert
 _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
     "codequant_use_isa": (c_int, [c_char_p]),
     "codequant_read": (c_uint64, [c_void_p, c_int64, c_int64]),
+    "codequant_micro_kernel": (c_int64, [c_int64]),
     "codequant_bytes": (c_int64, [_MATRICES]),
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
     "codequant_to_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
     "codequant_from_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
-    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, c_void_p]),
-    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, c_void_p, c_int64, c_void_p]),
+    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, *_TENSOR]),
+    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, *_TENSOR, c_int64, c_void_p]),
 }
 
 

@@ -15,7 +15,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int lanes = 4;
-  static constexpr int direct_tokens = 6, paired_tokens = 3, dense_tokens = 6, decode_once_above = 12;
+  static constexpr int direct_tokens = 6, paired_tokens = 4, dense_tokens = 6, decode_once_above = 12;
   static constexpr bool tiles = false;
   using Bytes = __m512i;
   using Sums = __m512i;

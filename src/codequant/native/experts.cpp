@@ -60,20 +60,57 @@ class Buffer {
 };
 
 struct Workspace {
-  Buffer levels, tokens, hidden, hidden_levels, hidden_tokens;
+  Buffer levels, tokens, weights, hidden, hidden_levels, hidden_tokens;
 };
 thread_local Workspace workspace;
 
-// x [rows, m.columns] -> planes(bits) tokens per row.
-const Token* quantize_rows(const Matrices& m, const float* x, int64_t rows, int64_t bits, float clip, int64_t threads,
-                           Buffer& levels, Buffer& tokens) {
+// The numbers of a tensor of the caller's.
+struct Values {
+  const void* data;
+  Dtype dtype;
+
+  Values from(int64_t first) const { return {static_cast<const char*>(data) + first * size_of(dtype), dtype}; }
+
+  // [first, first + count) of a floating-point dtype; `buffer` holds them where they are not float32 already.
+  const float* floats(int64_t first, int64_t count, Buffer& buffer) const {
+    const Values part = from(first);
+    if (dtype == Dtype::float32) return static_cast<const float*>(part.data);
+    float* wide = buffer.get<float>(count);
+    isa().widen(dtype, part.data, count, wide);
+    return wide;
+  }
+
+  int64_t integer(int64_t i) const {
+    return dtype == Dtype::int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Where the result goes.
+struct Output {
+  void* data;
+  Dtype dtype;
+
+  char* at(int64_t i) const { return static_cast<char*>(data) + i * size_of(dtype); }
+  void write(int64_t first, const float* values, int64_t count) const {
+    isa().narrow(dtype, values, count, at(first));
+  }
+};
+
+// x [rows, m.columns], transformed -> planes(bits) tokens per row.
+const Token* quantize_rows(const Matrices& m, Values x, int64_t rows, const Transform& transform, int64_t bits,
+                           float clip, int64_t threads, Buffer& levels, Buffer& tokens) {
   constexpr int64_t kBlock = 16;
   const int64_t row_bytes = planes(bits) * m.level_bytes();
   uint8_t* level = levels.get<uint8_t>(rows * row_bytes + tile_slack(m));
   Token* token = tokens.get<Token>(rows * planes(bits));
   parallel_for(threads, ceil_div(rows, kBlock), [&](int64_t block) {
+    thread_local Buffer wide, scratch;
     for (int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); ++row) {
-      isa().quantize(m, x + row * m.columns, bits, clip, level + row * row_bytes, token + row * planes(bits));
+      const float* values = x.floats(row * m.columns, m.columns, wide);
+      if (transform.count > 0) {
+        values = isa().transform(transform, values, m.columns, scratch.get<float>(2 * m.columns));
+      }
+      isa().quantize(m, values, bits, clip, level + row * row_bytes, token + row * planes(bits));
     }
   });
   return token;
@@ -154,8 +191,8 @@ struct Route {
 };
 
 // expert [slots]; null means that all slots go to expert 0. An index that is no expert's is left out.
-Route route(const int64_t* expert, int64_t slots, int64_t experts) {
-  const auto of = [&](int64_t slot) { return expert == nullptr ? 0 : expert[slot]; };
+Route route(Values expert, int64_t slots, int64_t experts) {
+  const auto of = [&](int64_t slot) { return expert.data == nullptr ? 0 : expert.integer(slot); };
   const auto valid = [&](int64_t slot) { return of(slot) >= 0 && of(slot) < experts; };
   std::vector<int64_t> end(static_cast<size_t>(experts), 0);
   for (int64_t slot = 0; slot < slots; ++slot) {
@@ -185,14 +222,14 @@ int64_t useful_threads(int64_t threads, int64_t slots, const Matrices& m) {
   return slots * m.rows * m.columns < (1 << 20) ? 1 : std::max<int64_t>(threads, 1);
 }
 
-void linear(const Matrices& m, const float* x, int64_t tokens, int64_t share, const int64_t* expert, const float* bias,
-            int64_t bits, float clip, int64_t threads, float* y) {
+void linear(const Matrices& m, Values x, int64_t tokens, int64_t share, Values expert, const float* bias, int64_t bits,
+            float clip, int64_t threads, Output y) {
   const Route routed = route(expert, tokens * share, m.count);
   if (static_cast<int64_t>(routed.order.size()) < tokens * share) {
-    std::fill_n(y, tokens * share * m.rows, 0.0f);
+    std::fill(y.at(0), y.at(tokens * share * m.rows), char{0});
   }
   if (routed.groups.empty()) return;
-  const Token* token = quantize_rows(m, x, tokens, bits, clip, threads, workspace.levels, workspace.tokens);
+  const Token* token = quantize_rows(m, x, tokens, {}, bits, clip, threads, workspace.levels, workspace.tokens);
   const int64_t panels = m.panels_each(), cut = cuts(threads, static_cast<int64_t>(routed.groups.size()), panels);
   parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
     const Group& group = routed.groups[static_cast<size_t>(task / cut)];
@@ -204,9 +241,7 @@ void linear(const Matrices& m, const float* x, int64_t tokens, int64_t share, co
       batch.each_panel(m, group.expert, first, last, [&](int64_t p, float(*out)[kRows]) {
         const int64_t rows = std::min(kRows, m.rows - p * kRows);
         if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
-        for (int64_t i = 0; i < batch.count; ++i) {
-          std::copy_n(out[i], rows, y + slot[done + i] * m.rows + p * kRows);
-        }
+        for (int64_t i = 0; i < batch.count; ++i) y.write(slot[done + i] * m.rows + p * kRows, out[i], rows);
       });
     }
   });
@@ -222,6 +257,7 @@ struct Experts {
   Activation activation;
   int64_t input_bits, down_bits;
   float input_clip, down_clip;
+  Transform down_transform;  // of the intermediate, before it is quantized
 };
 
 // activation(gate) * up of every slot of the route -> hidden [routed.order.size(), gate_up->rows].
@@ -255,15 +291,17 @@ void gate_and_up(const Experts& e, const Route& routed, const Token* token, int6
 // y [tokens, down->rows] = the weighted sum of down(hidden) over the slots of each token. A task owns some columns of
 // y and adds the experts to them in their order, so nothing is shared and the order of the sum is fixed.
 void down_and_sum(const Experts& e, const Route& routed, const Token* token, int64_t tokens, int64_t share,
-                  const float* weight, int64_t threads, float* y) {
-  constexpr int64_t kColumns = 32;  // panels: their part of y for 512 tokens is 1 MiB
+                  const float* weight, int64_t threads, Output y) {
+  constexpr int64_t kSums = 1 << 18;  // of one task: 1 MiB, that the second cache holds beside the levels
   const Matrices& m = *e.down;
   const int64_t panels = m.panels_each();
-  const int64_t cut = std::max(ceil_div(panels, kColumns), cuts(threads, 1, panels));
+  const int64_t cut = std::clamp(cuts(threads, 1, panels), std::min(ceil_div(tokens * m.rows, kSums), panels), panels);
   parallel_for(threads, cut, [&](int64_t task) {
+    thread_local Buffer buffer;
     const int64_t first = panels * task / cut, last = panels * (task + 1) / cut;
-    const int64_t columns = std::min(last * kRows, m.rows) - first * kRows;
-    for (int64_t t = 0; t < tokens; ++t) std::fill_n(y + t * m.rows + first * kRows, columns, 0.0f);
+    const int64_t columns = (last - first) * kRows;
+    float* sums = buffer.get<float>(tokens * columns);  // [tokens, columns]
+    std::fill_n(sums, tokens * columns, 0.0f);
     Batch batch(e.down_bits);
     for (const Group& group : routed.groups) {
       for (int64_t done = 0; done < group.count; done += batch.count) {
@@ -273,25 +311,29 @@ void down_and_sum(const Experts& e, const Route& routed, const Token* token, int
           const int64_t rows = std::min(kRows, m.rows - p * kRows);
           if (e.down_bias != nullptr) add_bias(out, batch.count, e.down_bias + group.expert * m.rows + p * kRows, rows);
           for (int64_t i = 0; i < batch.count; ++i) {
-            float* target = y + slot[i] / share * m.rows + p * kRows;
-            for (int64_t r = 0; r < rows; ++r) target[r] += weight[slot[i]] * out[i][r];
+            float* __restrict target = sums + slot[i] / share * columns + (p - first) * kRows;
+            const float scale = weight[slot[i]];
+            for (int64_t r = 0; r < kRows; ++r) target[r] += scale * out[i][r];
           }
         });
       }
     }
+    const int64_t rows = std::min(columns, m.rows - first * kRows);
+    for (int64_t t = 0; t < tokens; ++t) y.write(t * m.rows + first * kRows, sums + t * columns, rows);
   });
 }
 
-void experts(const Experts& e, const float* x, int64_t tokens, int64_t share, const int64_t* expert,
-             const float* weight, int64_t threads, float* y) {
+void experts(const Experts& e, Values x, int64_t tokens, int64_t share, Values expert, Values weight, int64_t threads,
+             Output y) {
   Workspace& w = workspace;
   const Route routed = route(expert, tokens * share, e.down->count);
   const int64_t slots = static_cast<int64_t>(routed.order.size());
-  const Token* token = quantize_rows(*e.gate_up, x, tokens, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
+  const Token* token = quantize_rows(*e.gate_up, x, tokens, {}, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
   float* hidden = w.hidden.get<float>(slots * e.gate_up->rows);
   gate_and_up(e, routed, token, share, threads, hidden);
-  token = quantize_rows(*e.down, hidden, slots, e.down_bits, e.down_clip, threads, w.hidden_levels, w.hidden_tokens);
-  down_and_sum(e, routed, token, tokens, share, weight, threads, y);
+  token = quantize_rows(*e.down, {hidden, Dtype::float32}, slots, e.down_transform, e.down_bits, e.down_clip, threads, w.hidden_levels,
+                        w.hidden_tokens);
+  down_and_sum(e, routed, token, tokens, share, weight.floats(0, tokens * share, w.weights), threads, y);
 }
 
 }  // namespace
@@ -300,27 +342,33 @@ void experts(const Experts& e, const float* x, int64_t tokens, int64_t share, co
 // Ask for huge pages before memory is first written: 35 against 27 GB/s on one core of a Zen 5.
 CODEQUANT_API void codequant_advise_huge_pages(void* data, int64_t bytes) { codequant::advise_huge_pages(data, bytes); }
 
+using codequant::Dtype;
+
 // y [tokens * share, m->rows]: row s is W[expert[s]] @ x[s / share] + bias[expert[s]], or 0 where expert[s] is not
 // one of the m->count matrices; expert null means matrix 0 throughout. x [tokens, m->columns], bias [count, rows] or
 // null. bits 4, 8 or 16. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_linear(const codequant::Matrices* m, const float* x, int64_t tokens, int64_t share,
-                                   const int64_t* expert, const float* bias, int64_t bits, float clip, int64_t threads,
-                                   float* y) try {
+CODEQUANT_API int codequant_linear(const codequant::Matrices* m, int64_t tokens, int64_t share, const void* x,
+                                   Dtype x_dtype, const void* expert, Dtype expert_dtype, const float* bias,
+                                   int64_t bits, float clip, int64_t threads, void* y, Dtype y_dtype) try {
   threads = codequant::useful_threads(threads, tokens * share, *m);
-  codequant::linear(*m, x, tokens, share, expert, bias, bits, clip, threads, y);
+  codequant::linear(*m, {x, x_dtype}, tokens, share, {expert, expert_dtype}, bias, bits, clip, threads, {y, y_dtype});
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
 }
 
 // y [tokens, down->rows] = sum over j < share of weight[t, j] * down(activation(gate(x[t])) * up(x[t])) of expert
-// expert[t, j]. x [tokens, gate_up->columns]. Returns 0, or 1 when memory is short.
-CODEQUANT_API int codequant_experts(const codequant::Experts* e, const float* x, int64_t tokens, int64_t share,
-                                    const int64_t* expert, const float* weight, int64_t threads, float* y) try {
+// expert[t, j], in x's dtype. x [tokens, gate_up->columns]. Returns 0, or 1 when memory is short.
+CODEQUANT_API int codequant_experts(const codequant::Experts* e, int64_t tokens, int64_t share, const void* x,
+                                    Dtype x_dtype, const void* expert, Dtype expert_dtype, const void* weight,
+                                    Dtype weight_dtype, int64_t threads, void* y) try {
+  const codequant::Values xs{x, x_dtype}, indices{expert, expert_dtype}, weights{weight, weight_dtype};
+  const codequant::Output out{y, x_dtype};
   threads = codequant::useful_threads(threads, tokens * share, *e->gate_up);
   for (int64_t first = 0; first < tokens; first += codequant::kSlice) {
-    codequant::experts(*e, x + first * e->gate_up->columns, std::min(codequant::kSlice, tokens - first), share,
-                       expert + first * share, weight + first * share, threads, y + first * e->down->rows);
+    codequant::experts(*e, xs.from(first * e->gate_up->columns), std::min(codequant::kSlice, tokens - first), share,
+                       indices.from(first * share), weights.from(first * share), threads,
+                       {out.at(first * e->down->rows), x_dtype});
   }
   return 0;
 } catch (const std::bad_alloc&) {

@@ -38,6 +38,24 @@ constexpr int64_t kMaxTokens = 256;  // token planes of one product: their level
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
 
+enum class Dtype : int64_t { float32, bfloat16, float16, int64, int32 };
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::int64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::int32 ? 4 : 2;
+}
+
+// One Kronecker factor of codequant.hadamard's H_n.
+struct Factor {
+  int64_t order;
+  const float* matrix;  // [order, order rounded up to kRows], padded with 0; null: Sylvester's, of a power of two
+};
+
+// x @ H_n; the same as no transform at all where it has no factors. kernels/cpu.py makes it.
+struct Transform {
+  const Factor* factors;  // [count]; their orders' product is n
+  int64_t count;
+  float scale;  // of the factors' product
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -54,6 +72,16 @@ struct Isa {
 
   // gate[i] = activation(gate[i]) * up[i], or without the product where up is null.
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
+
+  // x [columns] -> its transform, somewhere in scratch [2 * columns].
+  const float* (*transform)(const Transform& transform, const float* x, int64_t columns, float* scratch);
+
+  // The innermost loop of `product` for many tokens, on operands in the first cache. Returns the operations done.
+  int64_t (*micro_kernel)(int64_t repeats);
+
+  // From a floating-point dtype to float32, and back, rounded half to even.
+  void (*widen)(Dtype dtype, const void* x, int64_t count, float* out);
+  void (*narrow)(Dtype dtype, const float* x, int64_t count, void* out);
 };
 
 constexpr int64_t kScratch = kSegment * kRows;

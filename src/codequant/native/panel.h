@@ -24,6 +24,8 @@
 #include <cstring>
 #include <utility>
 
+#include "convert.h"
+#include "hadamard.h"
 #include "isa.h"
 
 namespace codequant {
@@ -43,8 +45,8 @@ ALWAYS_INLINE inline void repeat(F f) {
 constexpr int64_t kRegister = 4 * kStep;  // bytes of the four lanes i % 4 == constant
 constexpr int64_t kLine = 64;             // bytes of a cache line
 // How far ahead to fetch weights into the second and into the first cache, in bytes. Both together let two panels side
-// by side stream at 90% of a plain read on Sapphire Rapids; 4096 is 5% slower, and either cache alone 5 to 25%.
-constexpr int64_t kFar = 3072, kNear = 1024;
+// by side stream at 90% of a plain read on Sapphire Rapids; 4096 is 3% slower, and either cache alone 5 to 25%.
+constexpr int64_t kFar = 3072, kNear = 768;
 
 // Up to kSegment columns of one group of a panel. Bounded so that the decoded segment (32 KiB) stays in the first
 // cache and no int32 overflows: 2048 * 255 * 127 < 2**26, and 128 * row_sum < 2**30 for groups of 2**16 columns.
@@ -145,9 +147,9 @@ ALWAYS_INLINE inline void decode_chunk(const typename V::Bytes (&table)[4], cons
   });
 }
 
-template <int bits, bool far>
-ALWAYS_INLINE inline void prefetch_chunk(const uint8_t* data) {
-  for (int64_t i = 0; i < kTable * (bits == 3 ? 3 : 2) / 2; i += kLine) {
+template <int64_t bytes, bool far>
+ALWAYS_INLINE inline void prefetch(const uint8_t* data) {
+  for (int64_t i = 0; i < bytes; i += kLine) {
     if constexpr (far) __builtin_prefetch(data + kFar + i, 0, 2);
     __builtin_prefetch(data + kNear + i, 0, 3);
   }
@@ -178,12 +180,13 @@ void direct(const Segment* segments, const Token* tokens, int64_t first) {
     typename V::Sums sums[P][N][4] = {};
     const uint8_t* data[P];
     repeat<P>([&](auto p) ALWAYS_INLINE {
+      prefetch<kHeader, true>(segments[p].header);  // chunks fetch chunks, and the next header lies between them
       load_tables<V>(segments[p].header + part * V::lanes * kStep, table[p]);
       data[p] = segments[p].data + part * V::lanes * kStep;
     });
     for (int64_t column = 0; column < segments[0].chunks * chunk; column += chunk) {
       repeat<P>([&](auto p) ALWAYS_INLINE {
-        prefetch_chunk<bits, true>(data[p]);
+        prefetch<chunk_bytes, true>(data[p]);
         decode_chunk<V, bits>(table[p], data[p], [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
           accumulate<V, N>(sums[p], weights, level, column + s * kStep);
         });
@@ -205,7 +208,7 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
-      if constexpr (V::tiles) prefetch_chunk<bits, false>(data);
+      if constexpr (V::tiles) prefetch<chunk_bytes, false>(data);
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
         if constexpr (V::tiles) {
           V::store_step(decoded + s * kTable, weights);
@@ -345,6 +348,30 @@ void product(const Matrices& m, const Panel* panels, int64_t width, const Token*
   product_bits<V, 2>(m, panels, width, tokens, count, scratch);
 }
 
+template <class V>
+int64_t micro_kernel(int64_t repeats) {
+  constexpr int64_t columns = 512;
+  alignas(64) uint8_t memory[kWidth * columns * kRows + 32 * columns] = {};  // decoded panels, then levels
+  uint8_t* const levels = memory + kWidth * columns * kRows;
+  if constexpr (V::tiles) {
+    const typename V::Session session;
+    alignas(64) int32_t dot[kWidth][V::tile_tokens][kRows];
+    for (int64_t i = 0; i < repeats; ++i) {
+      V::multiply(memory, true, columns, levels, columns, true, i == 0, {memory, memory}, 0, dot);
+    }
+    return 2 * repeats * columns * kWidth * kRows * V::tile_tokens;
+  }
+  float out[V::dense_tokens][kRows] = {};
+  Token tokens[V::dense_tokens];
+  for (int64_t t = 0; t < V::dense_tokens; ++t) tokens[t] = {levels + t * columns, 0.0f, 0.0f, 0};
+  const Segment segment{memory, memory, 0, 0, true, out};
+  for (int64_t i = 0; i < repeats; ++i) {
+    dense<V, V::dense_tokens>(segment, memory, columns, memory, 0, tokens, 0);
+    __asm__ volatile("" ::"r"(memory), "r"(out) : "memory");  // someone might look: nothing may be left out
+  }
+  return 2 * repeats * columns * kRows * V::dense_tokens;
+}
+
 // Plain loops from here on: the compiler vectorizes them for the instruction set of the source that includes this.
 
 inline float smaller(float a, float b) { return a < b ? a : b; }
@@ -425,10 +452,7 @@ inline float exponential(float x) {
   p = p * f + 1.0f / 6;
   p = p * f + 0.5f;
   p = p * f * f + f + 1.0f;
-  const int32_t exponent = (static_cast<int32_t>(n) + 127) * (1 << 23);
-  float power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return p * power;
+  return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
 template <class F>
@@ -457,7 +481,7 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
 
 template <class V>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, V::tiles, quantize, product<V>, activate};
+  return {name, supported, V::tiles, quantize, product<V>, activate, transform, micro_kernel<V>, widen, narrow};
 }
 
 }  // namespace

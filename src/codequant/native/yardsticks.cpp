@@ -1,4 +1,5 @@
-// What the memory gives: the yardstick of `codequant bench cpu`, where decoding can be no faster than reading.
+// What memory and arithmetic give, the yardsticks of `codequant bench cpu`: decoding can be no faster than reading, and
+// many tokens no faster than their products.
 #include <atomic>
 
 #include "isa.h"
@@ -19,3 +20,6 @@ CODEQUANT_API uint64_t codequant_read(const uint64_t* data, int64_t bytes, int64
   });
   return result;
 }
+
+// The chosen instruction set's micro-kernel on operands in the first cache; returns the additions and multiplications.
+CODEQUANT_API int64_t codequant_micro_kernel(int64_t repeats) { return codequant::isa().micro_kernel(repeats); }
