@@ -222,6 +222,10 @@ int64_t useful_threads(int64_t threads, int64_t slots, const Matrices& m) {
   return slots * m.rows * m.columns < (1 << 20) ? 1 : std::max<int64_t>(threads, 1);
 }
 
+// Results of some panels go to memory together: a row of y is pages away from the next, and sixteen of its numbers are
+// half a line of bfloat16.
+constexpr int64_t kResults = 1 << 16;  // 256 KiB
+
 void linear(const Matrices& m, Values x, int64_t tokens, int64_t share, Values expert, const float* bias, int64_t bits,
             float clip, int64_t threads, Output y) {
   const Route routed = route(expert, tokens * share, m.count);
@@ -234,15 +238,27 @@ void linear(const Matrices& m, Values x, int64_t tokens, int64_t share, Values e
   parallel_for(threads, static_cast<int64_t>(routed.groups.size()) * cut, [&](int64_t task) {
     const Group& group = routed.groups[static_cast<size_t>(task / cut)];
     const int64_t* slot = routed.order.data() + group.first;
+    const int64_t first = panels * (task % cut) / cut, last = panels * (task % cut + 1) / cut;
+    thread_local Buffer buffer;
     Batch batch(bits);
     for (int64_t done = 0; done < group.count; done += batch.count) {
       batch.fill(m, token, group.count - done, [&](int64_t i) { return slot[done + i] / share; });
-      const int64_t first = panels * (task % cut) / cut, last = panels * (task % cut + 1) / cut;
-      batch.each_panel(m, group.expert, first, last, [&](int64_t p, float(*out)[kRows]) {
-        const int64_t rows = std::min(kRows, m.rows - p * kRows);
-        if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
-        for (int64_t i = 0; i < batch.count; ++i) y.write(slot[done + i] * m.rows + p * kRows, out[i], rows);
-      });
+      const int64_t together = std::clamp<int64_t>(kResults / (batch.count * kRows), 1, last - first);
+      const int64_t width = (together + 1) * kRows;  // a line more than a power of two: else rows meet in few sets
+      float* results = buffer.get<float>(batch.count * width);
+      for (int64_t start = first; start < last; start += together) {
+        const int64_t stop = std::min(start + together, last);
+        batch.each_panel(m, group.expert, start, stop, [&](int64_t p, float(*out)[kRows]) {
+          const int64_t rows = std::min(kRows, m.rows - p * kRows);
+          if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
+          float* column = results + (p - start) * kRows;
+          for (int64_t i = 0; i < batch.count; ++i) std::copy_n(out[i], kRows, column + i * width);
+        });
+        const int64_t rows = std::min(stop * kRows, m.rows) - start * kRows;
+        for (int64_t i = 0; i < batch.count; ++i) {
+          y.write(slot[done + i] * m.rows + start * kRows, results + i * width, rows);
+        }
+      }
     }
   });
 }
