@@ -27,7 +27,8 @@ def test_rows_reach_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[s
     if ggml.library() is not None:
         assert {f"llama.cpp-{kind}" for kind in ggml.TYPES} <= names
     products = [row for row in rows if row["ratio_to"] == cpu.MICRO_KERNEL]
-    assert [row["implementation"] for row in products] == ["codequant-a8-linear", cpu.MICRO_KERNEL]
+    linear = ["codequant-a8-linear", "codequant-a16-linear", "torch-bf16-linear"]
+    assert [row["implementation"] for row in products] == [*linear, cpu.MICRO_KERNEL]
     assert all(row["tera_ops_per_s"] > 0 for row in products)
     layers = [row for row in rows if row not in products]
     assert {row["tokens"] for row in layers} == {1, 3} and all(row["gb_per_s"] > 0 for row in layers)

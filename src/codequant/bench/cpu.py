@@ -13,8 +13,9 @@ time with more. `gb_per_s` counts the weights of the experts that were called, i
     llama.cpp-FORMAT            llama.cpp's graph of the layer, where a package with ggml is installed (bench/ggml.py)
     read                        a STREAM-like read of as many bytes as codequant-a8's, the roofline of decoding
 
-The products themselves are measured on one dense matrix and many tokens, against the innermost loop alone on operands
-in the first cache (micro-kernel), which does as many operations.
+The products themselves are measured on one dense matrix and many tokens (codequant-a8-linear, codequant-a16-linear and
+torch-bf16-linear), against the innermost loop alone on int8 operands in the first cache (micro-kernel), which does as
+many operations.
 """
 
 import argparse
@@ -296,24 +297,31 @@ def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callab
 
 
 def product_rows(seconds: float, tokens: int = 512, size: int = 2048) -> list[dict[str, Any]]:
-    """A codebook matrix [size, size] times many tokens on one thread, from float32 to float32, and the micro-kernel."""
+    """A matrix [size, size] times many bfloat16 tokens on one thread, and the micro-kernel."""
     library = native.library()
     assert library is not None
     native.instruction_set()
     weight = _random_weight(1, size, size)
     prepared = cpu.prepare_linear(PackedWeight(weight.packed[0], weight.codebook[0], weight.step[0], size))
-    x, operations, repeats = torch.randn(tokens, size), 2 * tokens * size * size, 1000
-    times: dict[str, list[float]] = {"codequant-a8-linear": [], MICRO_KERNEL: []}
+    x, plain = torch.randn(tokens, size).bfloat16(), torch.randn(size, size).bfloat16()
+    operations, repeats = 2 * tokens * size * size, 1000
+    products: dict[str, Callable[[], object]] = {
+        "codequant-a8-linear": lambda: cpu.linear(x, prepared, None, 8),
+        "codequant-a16-linear": lambda: cpu.linear(x, prepared, None, 16),
+        "torch-bf16-linear": lambda: F.linear(x, plain),
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*products, MICRO_KERNEL)}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        while len(times[MICRO_KERNEL]) < 5 or sum(times["codequant-a8-linear"]) < seconds:
+        while len(times[MICRO_KERNEL]) < 5 or sum(map(sum, times.values())) < 3 * seconds:
+            for name, product in products.items():
+                start = time.thread_time()
+                product()
+                times[name].append(time.thread_time() - start)
             start = time.thread_time()
-            cpu.linear(x, prepared, None, 8)
-            middle = time.thread_time()
             done = library.codequant_micro_kernel(repeats)
-            times["codequant-a8-linear"].append(middle - start)
-            times[MICRO_KERNEL].append((time.thread_time() - middle) * operations / done)
+            times[MICRO_KERNEL].append((time.thread_time() - start) * operations / done)
     finally:
         torch.set_num_threads(before)
     summary = {name: results.percentiles(values) for name, values in times.items()}
