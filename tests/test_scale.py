@@ -1,8 +1,10 @@
 """Runs that are interrupted, moved, damaged or starved: nothing is lost, and the output is the same to the byte."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,7 +133,11 @@ def test_two_runs_on_one_work_folder(source: Path, text: Path, expected: tuple, 
     out = tmp_path / "out"
     first = start(source, out, text)
     wait_for_units(work_of(out), 1)
-    assert "is in use by another run" in run(source, out, text)
+    os.kill(first.pid, signal.SIGSTOP)  # else it may be done before the second has read its arguments
+    try:
+        assert "is in use by another run" in run(source, out, text)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     first.join(60)
     assert first.exitcode == 0
     assert fingerprint(out) == expected[0]
