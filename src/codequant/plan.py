@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from codequant.executor import Unit
+from codequant.executor import Unit, torch_threads
 from codequant.packing import BITS, groups_per_row
 from codequant.quantization_config import Scheme
 from codequant.units import Context, graph
@@ -430,9 +430,8 @@ WORK: dict[str, Callable[..., Work]] = {
 
 def measure_rates(context: Context) -> Rates:
     """A few seconds of the run's own operations on one worker of this machine."""
-    device, threads = context.device, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    device = context.device
+    with torch_threads(1):
         generator = torch.Generator().manual_seed(0)
         a, b = torch.randn(2, 1024, 1024, generator=generator).to(device)
         long = torch.zeros(1 << 24, device=device)
@@ -440,8 +439,6 @@ def measure_rates(context: Context) -> Rates:
         copy = 2 * 4 * len(long) / _best(lambda: long.mul(2), device)
         widths = sorted({min(I, SAMPLE_WIDTH) for I in quantized_widths(context)})
         quantizing = {I: _seconds_to_quantize(context, I, generator) for I in widths}
-    finally:
-        torch.set_num_threads(threads)
     if device.type == "cpu":
         return Rates(product, copy, quantizing)
     return Rates(product, copy, quantizing, GPU_READ, GPU_WRITE)

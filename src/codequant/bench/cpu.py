@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from codequant import native
 from codequant.bench import ggml, results
 from codequant.errors import InputError
+from codequant.executor import torch_threads
 from codequant.hadamard import hadamard_transform
 from codequant.kernels import cpu, reference
 from codequant.kernels.reference import ExpertWeights
@@ -232,12 +233,8 @@ def run(
     native.instruction_set()
     clock = time.thread_time if threads == 1 else time.perf_counter
     torch.manual_seed(seed)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return [row for name in shapes for T in tokens for row in _measure(name, parse_shape(name), T, seconds, clock)]
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
@@ -311,9 +308,7 @@ def product_rows(seconds: float, tokens: int = 512, size: int = 2048) -> list[di
         "torch-bf16-linear": lambda: F.linear(x, plain),
     }
     times: dict[str, list[float]] = {name: [] for name in (*products, MICRO_KERNEL)}
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         while len(times[MICRO_KERNEL]) < 5 or sum(map(sum, times.values())) < 3 * seconds:
             for name, product in products.items():
                 start = time.thread_time()
@@ -322,8 +317,6 @@ def product_rows(seconds: float, tokens: int = 512, size: int = 2048) -> list[di
             start = time.thread_time()
             done = library.codequant_micro_kernel(repeats)
             times[MICRO_KERNEL].append((time.thread_time() - start) * operations / done)
-    finally:
-        torch.set_num_threads(before)
     summary = {name: results.percentiles(values) for name, values in times.items()}
     return [
         {
@@ -400,9 +393,7 @@ def run_model(
     }
     vocabulary = models[BASELINE].config.vocab_size
     times: dict[tuple[str, str], list[float]] = {(n, phase): [] for n in models for phase in ("prompt", "decode")}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for _ in range(5):
             prompt = torch.randint(vocabulary, (1, prompt_tokens))
             for name, one in models.items():
@@ -413,8 +404,6 @@ def run_model(
                 one.generate(prompt, max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, do_sample=False)
                 times[name, "prompt"].append(first / prompt_tokens)
                 times[name, "decode"].append((time.perf_counter() - start - first) / new_tokens)
-    finally:
-        torch.set_num_threads(before)
     summary = {key: results.percentiles(value) for key, value in times.items()}
     return [
         {
