@@ -41,20 +41,26 @@ def hadamard_factors(n: int) -> tuple[list[tuple[int, Tensor | None]], float]:
     """H_n for kernels: the orders and matrices (float32) of its Kronecker factors, and what to multiply their product
     by. None stands for Sylvester's matrix, whose butterflies run over what the later factors leave: at least 16 wide
     where there is any choice."""
-    power, hadamards, cosines = _factors(n)
-    dense = [*map(_paley, hadamards), *map(_cosines, cosines)] or [_sylvester(min(power, 16))]
+    power, dense, scale = _parts(n)
+    dense = dense or [_sylvester(min(power, 16))]
     sylvester = n // prod(map(len, dense))
     factors: list[tuple[int, Tensor | None]] = [(sylvester, None), *((len(block), block.float()) for block in dense)]
-    return factors, (power * prod(hadamards)) ** -0.5
+    return factors, scale
 
 
 @cache
 def _blocks(n: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], float]:
     """Factors of H_n in order, and the number to multiply their Kronecker product by."""
-    power, hadamards, cosines = _factors(n)
+    power, dense, scale = _parts(n)
     blocks = [_sylvester(RADIX)] * ((power.bit_length() - 1) // (RADIX.bit_length() - 1))
-    blocks += [_sylvester(power // RADIX ** len(blocks)), *map(_paley, hadamards), *map(_cosines, cosines)]
-    return [block.to(device, dtype) for block in blocks if len(block) > 1], (power * prod(hadamards)) ** -0.5
+    blocks += [_sylvester(power // RADIX ** len(blocks)), *dense]
+    return [block.to(device, dtype) for block in blocks if len(block) > 1], scale
+
+
+def _parts(n: int) -> tuple[int, list[Tensor], float]:
+    """H_n as (order of its Sylvester factor, its other factors, and the number to multiply their product by)."""
+    power, hadamards, cosines = _factors(n)
+    return power, [*map(_paley, hadamards), *map(_cosines, cosines)], (power * prod(hadamards)) ** -0.5
 
 
 @cache
