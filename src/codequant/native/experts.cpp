@@ -344,11 +344,12 @@ void experts(const Experts& e, Values x, int64_t tokens, int64_t share, Values e
   Workspace& w = workspace;
   const Route routed = route(expert, tokens * share, e.down->count);
   const int64_t slots = static_cast<int64_t>(routed.order.size());
-  const Token* token = quantize_rows(*e.gate_up, x, tokens, {}, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
+  const Token* token =
+      quantize_rows(*e.gate_up, x, tokens, {}, e.input_bits, e.input_clip, threads, w.levels, w.tokens);
   float* hidden = w.hidden.get<float>(slots * e.gate_up->rows);
   gate_and_up(e, routed, token, share, threads, hidden);
-  token = quantize_rows(*e.down, {hidden, Dtype::float32}, slots, e.down_transform, e.down_bits, e.down_clip, threads, w.hidden_levels,
-                        w.hidden_tokens);
+  token = quantize_rows(*e.down, {hidden, Dtype::float32}, slots, e.down_transform, e.down_bits, e.down_clip, threads,
+                        w.hidden_levels, w.hidden_tokens);
   down_and_sum(e, routed, token, tokens, share, weight.floats(0, tokens * share, w.weights), threads, y);
 }
 

@@ -5,7 +5,7 @@ Block sizes depend on the tokens that an expert gets on average, which decides b
 planes, which multiply the products. Measured on an H200, see docs/LOG.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -88,6 +88,7 @@ class Generation:
 
 
 WIDE = 4096
+DECODED_TOKENS = 2  # of a single matrix: up to so many, the decode kernel runs it
 
 
 def decodes(tokens: int, pairs: int, experts: int, planes: int) -> bool:
@@ -129,7 +130,7 @@ _LINEAR: dict[int, tuple[LinearConfig, ...]] = {
 _DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(16, 32, 8), DecodeConfig(2, 256, 4))
 _DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(256, 0), DenseConfig(1024, 4096)
 HOPPER = Generation(*_DECODE, _GROUPED, _DECODE_LINEAR, _LINEAR, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
-AMPERE = Generation(*_DECODE, _GROUPED, _DECODE_LINEAR, _LINEAR, 0, _DENSE_LINEAR, _DENSE_EXPERTS)
+AMPERE = replace(HOPPER, pdl_rows=0)
 
 
 @cache

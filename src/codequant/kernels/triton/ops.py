@@ -16,7 +16,7 @@ from codequant.kernels.triton.activation import quantize
 from codequant.kernels.triton.combine import combine
 from codequant.kernels.triton.decode import decode
 from codequant.kernels.triton.dense import ALIGNMENT, dense_experts, dequantize, gate, weighted_pairs
-from codequant.kernels.triton.dispatch import WIDE, decodes, generation
+from codequant.kernels.triton.dispatch import DECODED_TOKENS, WIDE, decodes, generation
 from codequant.kernels.triton.grouped import grouped
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
@@ -52,7 +52,7 @@ def linear(
     if planes == 2 and x.itemsize == 2 and chip.dense_linear.serves(tokens, in_features):
         return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
     q = quantize(x, w.groups, activation_bits, clip, pdl, overlap="after")
-    if tokens <= 2:
+    if tokens <= DECODED_TOKENS:
         return decode(q, w, bias, None, None, 1, False, "none", planes, x.dtype, chip.decode_linear[planes], pdl)
     config = chip.pick_linear(planes, tokens * w.out_features)
     return grouped(q, w, bias, None, None, 1, False, "none", planes, x.dtype, config.tokens, config.tile, pdl)
