@@ -81,7 +81,7 @@ class CodequantQuantizer(HfQuantizer):
             tensor = model.get_parameter_or_buffer(name)
             # transformers 5.17 leaves every renamed tensor of a quantized checkpoint in the type of the file. And one
             # norm that stays a view of the mapped file would keep all of it in memory, beside the repacked weights.
-            tensor.data = tensor.data.to(dtype, copy=id(tensor) not in large)
+            tensor.data = tensor.data.to(dtype, copy=tensor.device.type == "cpu" and id(tensor) not in large)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Every name comes from our table; transformers' converters merge the experts that stay plain."""
