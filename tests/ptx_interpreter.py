@@ -34,13 +34,21 @@ def _dp2a_hi(a, b, c):
     return c + (a & 0xFFFF) * (b >> 16 & 0xFF) + (a >> 16) * (b >> 24)
 
 
+def _sub_f16x2(a, b):
+    a, b = (np.ascontiguousarray(v).view(np.float16).reshape(*v.shape, 2) for v in np.broadcast_arrays(a, b))
+    return np.ascontiguousarray(a - b).view(np.uint32)[..., 0]
+
+
 INSTRUCTIONS = {
+    "mov.b32": lambda a: a,
+    "sub.f16x2": _sub_f16x2,
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "dp4a.s32.s32": _dp4a,
     "dp2a.hi.u32.u32": _dp2a_hi,
+    "ex2.approx.ftz.f32": lambda a: np.exp2(a.view(np.float32)).view(np.uint32),
     "rcp.approx.ftz.f32": lambda a: (np.float32(1) / a.view(np.float32)).view(np.uint32),
 }
 

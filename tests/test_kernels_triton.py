@@ -3,7 +3,8 @@
 
 Products of 4- and 8-bit activations are exact in integers, so results differ from the twin's by the rounding of a few
 float32 operations, each at most eps times the sum of the terms' magnitudes; every further codebook group adds one. A16
-adds the fixed-point error, at most max |x| / 65024 per input element.
+adds the fixed-point error, at most max |x| / 65024 per input element, or where it is exact an addition in float32 for
+every 16 columns, which tensor cores add up at a time.
 """
 
 import os
@@ -18,17 +19,18 @@ from helpers import in_parts
 from torch import Tensor
 from torch.nn import functional as F
 
+from codequant.errors import InputError
 from codequant.kernels import reference
 from codequant.kernels.reference import ExpertWeights
-from codequant.packing import SUFFIXES, PackedWeight, groups_per_row, pack, unpack
+from codequant.packing import SUFFIXES, PackedWeight, groups_per_row, pack, unpack, unpack_indices
 
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
 
 from codequant.kernels import triton as backend
 from codequant.kernels.triton import dispatch, ops, routing
-from codequant.kernels.triton.activation import quantize
-from codequant.kernels.triton.dense import dequantize, gate
-from codequant.kernels.triton.dispatch import decodes
+from codequant.kernels.triton.activation import Form, quantize
+from codequant.kernels.triton.dense import dequantize
+from codequant.kernels.triton.dispatch import Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_gpu_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,8 +60,10 @@ def to(weight: PackedWeight, device: torch.device) -> PackedWeight:
 def linear_tolerance(x: Tensor, weight: PackedWeight, bits: int) -> Tensor:
     """Largest |error| of each output [T, O] in float32; see the top of this file."""
     x, w = x.double(), unpack(weight).double()
-    G = weight.codebook.shape[-2]
+    G, sums = weight.codebook.shape[-2], weight.in_features / 16
     magnitude = x.abs() @ w.abs().T
+    if bits == 16 and dispatch.exact_a16():
+        return (8 + G + sums) * EPS * magnitude
     if bits == 16:
         return x.abs().amax(-1, keepdim=True) / 65024 * w.abs().sum(-1) + (8 + G) * EPS * magnitude
     span = x.abs().amax(-1, keepdim=True) * 2  # the zero point and the levels reach as far as this
@@ -108,12 +112,38 @@ def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
     x[1] = 1.25  # a constant token has no range
     x[2] = x[2].abs()
     expected = reference.quantize_activation(x, bits, 0.9)
-    high, _, scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, pdl=False))
+    (high,), scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, Form.LEVELS, pdl=False))
     shift = 2 ** (bits - 1)
     assert torch.equal(high[:, :83].int() + shift, expected.level.int())
     assert not high[:, 83:].any()
     torch.testing.assert_close(scale, expected.step[:, 0], rtol=0, atol=0)
     torch.testing.assert_close(zero, (expected.lo + shift * expected.step)[:, 0], rtol=2 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("form, range_of_planes", [(Form.FIXED16, 65024), (Form.FIXED24, 16646144)])
+def test_planes_hold_a_token_in_fixed_point(device: torch.device, form: Form, range_of_planes: int) -> None:
+    x = torch.randn(6, 83, generator=torch.Generator().manual_seed(1)) * 3
+    x[1], x[2, 0], x[3, 5] = 0.0, 1e30, -1e-30
+    planes, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, form, pdl=False))
+    value = torch.zeros_like(planes[0])
+    for plane in planes:
+        value = value * 256 + plane
+    peak = x.double().abs().amax(1, keepdim=True)
+    assert not zero.any() and not value[:, 83:].any()
+    # Half a step, and a float32 rounding of the step, of its inverse and of the product.
+    error = (value[:, :83] * scale[:, None] - x.double()).abs()
+    assert (error <= peak * (1 / range_of_planes + 3 * EPS)).all()
+
+
+def test_float16_holds_bfloat16_exactly(device: torch.device) -> None:
+    x = torch.randn(5, 83, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[1], x[2], x[3], x[4, 0] = 0.0, x[2] * 1e37, x[3] * 1e-35, 2.0**20
+    values, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, Form.FLOAT16, pdl=False))
+    order = [4 * i + 64 * half + 2 * part + j for half in (0, 1) for part in (0, 1) for i in range(16) for j in (0, 1)]
+    restored = torch.empty(5, 128, dtype=torch.float64)
+    restored[:, order] = values[0] * scale[:, None]
+    assert not zero.any() and not restored[:, 83:].any()
+    assert torch.equal(restored[:, :83], x.double())
 
 
 # ------------------------------------------------------------------------------------------------------------ linear
@@ -146,6 +176,38 @@ def test_linear_equals_its_twin(
     y = backend.linear(x.to(device), prepared, bias.to(device), activation_bits, 0.95)
     expected = reference.codebook_linear(x.double(), weight, bias.double(), activation_bits, 0.95)
     assert_within(y, expected, linear_tolerance(x, weight, activation_bits) + EPS * (expected.abs() + bias.abs()))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEQUANT_A16", "exact")
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("bits, group_size, I, O, T", LINEAR)
+def test_exact_linear_equals_its_twin(device: torch.device, bits: int, group_size: int, I: int, O: int, T: int) -> None:
+    """A column that the weights ignore is a million times larger than the others: 16 bits of fixed point would lose
+    these, and the 24 of the decode kernel keep four."""
+    generator = torch.Generator().manual_seed(I + O + T)
+    weight = random_weight((O, I), bits, group_size, generator)
+    x = torch.randn(T, I, generator=generator).bfloat16()
+    if I > 1:
+        weight = pack(
+            unpack_indices(weight.packed, bits, I).index_fill(1, torch.tensor(0), 0), weight.codebook, weight.step
+        )
+        weight.codebook[..., 0, 0] = 0
+        x[:, 0] = 2.0**20
+    y = backend.linear(x.float().to(device), backend.prepare_linear(to(weight, device)))
+    tolerance = linear_tolerance(x, weight, 16)
+    if T <= dispatch.DECODED_TOKENS:
+        tolerance += x.double().abs().amax() / 16646144 * unpack(weight).double().abs().sum(-1)
+    assert_within(y, reference.codebook_linear(x.double(), weight), tolerance)
+
+
+def test_modes_of_16_bits_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEQUANT_A16", "quick")
+    with pytest.raises(InputError, match="CODEQUANT_A16: 'quick', expected fast or exact"):
+        dispatch.exact_a16()
 
 
 def test_linear_keeps_leading_dimensions_and_dtype(device: torch.device) -> None:
@@ -214,7 +276,7 @@ def check_experts(
     y = backend.experts(x.to(device), index_there, weights_there, prepared)
     assert y.dtype == dtype
     layer_bits = max(experts.input_bits, experts.down_bits)
-    in_pair_order = decodes(T, T * k, E, planes=2 if layer_bits == 16 else 1)
+    in_pair_order = ops.generation(device).pick(layer_bits, T, T * k, E) is None
     order = torch.arange(T * k) if in_pair_order else ops.route(index_there, E, layer_bits)[0].cpu().long()
     hidden = torch.empty(T * k, experts.down.in_features, dtype=torch.float64)
     hidden[order] = caught[0].double().cpu()
@@ -345,8 +407,7 @@ def test_dequantized_weights_are_the_rounded_ones(
 @pytest.fixture
 def soon_dense(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight tokens count as very many."""
-    always = dispatch.DenseConfig(8, 0)
-    generation = replace(dispatch.generation(device), dense_linear=always, dense_experts=always)
+    generation = replace(dispatch.generation(device), dense_tokens=8)
     monkeypatch.setattr(ops, "generation", lambda _: generation)
 
 
@@ -364,41 +425,79 @@ def test_many_tokens_meet_a_dequantized_matrix(device: torch.device, bias: bool)
     assert_within(y, expected, tolerance)
 
 
-@pytest.mark.usefixtures("soon_dense")
-@pytest.mark.parametrize("activation, has_gate, group_size", [("silu", True, -1), (None, True, 8), ("relu", False, -1)])
-def test_many_tokens_meet_dequantized_experts(
-    device: torch.device, activation: str | None, has_gate: bool, group_size: int
-) -> None:
-    """Against float64. Two weights, two intermediates and two results are rounded to bfloat16 on the way, each by less
-    than 2**-7 and in all directions: together below 2**-6 of the norm. Some pairs belong to nobody."""
-    M, k = 24, 2
-    f = ACTIVATIONS[activation or "silu"]
-    experts = random_experts(
-        3, 40, M, 16, group_size=group_size, activation=activation, has_gate=has_gate, bias=True,
-        apply_gate=(lambda h: f(h[:, :M]) * h[:, M:]) if has_gate else f,
+# ------------------------------------------------------------------------------------------------------- other forms
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    "T, E, k, I, M, O", [(1, 5, 3, 72, 40, 33), (2, 12, 1, 50, 65, 9), (21, 7, 2, 136, 70, 66), (40, 2, 1, 64, 32, 5)]
+)
+def test_exact_experts_equal_their_twin(device: torch.device, T: int, E: int, k: int, I: int, M: int, O: int) -> None:
+    check_random_routing(random_experts(E, I, M, O), device, T, k, dtype=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("T", [2, 11])
+def test_exact_experts_with_groups_and_biases(device: torch.device, T: int) -> None:
+    check_random_routing(random_experts(3, 128, 64, 20, 3, 32, bias=True), device, T, 2, dtype=torch.bfloat16)
+
+
+@pytest.fixture(params=["int8", "two planes", "float16"])
+def overlapped(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lookups beside products for every batch; the activations' bits."""
+    if device.type != "cuda" or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    tile = Tile(64, 128, 4, 3, overlap=True, span=3)
+    blocks = (dispatch._uniform(float("inf"), 32, tile, replace(tile, rows=128, bytes=64, warps=8, stages=4)),)
+    linear = (dispatch.LinearConfig(float("inf"), 64, tile),)
+    forms = (Form.LEVELS, Form.FIXED16, Form.FLOAT16)
+    generation = replace(
+        dispatch.HOPPER, grouped=dict.fromkeys(forms, blocks), linear=dict.fromkeys(forms, linear),
+        fixed_density=0 if request.param == "float16" else float("inf"),
     )  # fmt: skip
-    T = 29
-    index, weights = random_routing(T, 3, k, torch.Generator().manual_seed(0))
-    index[:4, 1], index[5] = -1, 3
-    x = torch.randn(T, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
-    y = backend.experts(
-        x.to(device), index.to(device), weights.to(device), backend.prepare_experts(moved(experts, device))
-    )
-    expected = torch.zeros(T, 16, dtype=torch.float64)
-    for e in range(3):
-        token, slot = (index == e).nonzero(as_tuple=True)
-        up, down = (unpack(m)[e].double() for m in (experts.gate_up, experts.down))
-        hidden = experts.apply_gate(x[token].double() @ up.T + experts.gate_up_bias[e])
-        out = hidden @ down.T + experts.down_bias[e]
-        expected.index_add_(0, token, out * weights[token, slot, None])
-    assert y.dtype == torch.bfloat16 and not y[5].any()
-    assert float((y.cpu().double() - expected).norm() / expected.norm()) < 2**-6
+    monkeypatch.setattr(ops, "generation", lambda _: generation)
+    if request.param == "float16":
+        monkeypatch.setenv("CODEQUANT_A16", "exact")
+    return 8 if request.param == "int8" else 16
 
 
-@pytest.mark.gpu
-def test_more_rows_than_the_second_axis_of_a_grid_has() -> None:
-    x = torch.randn(65536 + 3, 4, device="cuda")
-    torch.testing.assert_close(gate(x, True, "relu"), x[:, :2].relu() * x[:, 2:])
+@pytest.mark.parametrize(
+    "T, E, k, I, M, O",
+    [(21, 7, 2, 384, 256, 66), (150, 3, 1, 256, 384, 300), (9, 5, 5, 512, 640, 8), (20, 2, 1, 128, 256, 7)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_overlapped_experts_equal_their_twin(
+    device: torch.device, overlapped: int, T: int, E: int, k: int, I: int, M: int, O: int, bias: bool
+) -> None:
+    experts = random_experts(E, I, M, O, bias=bias, input_bits=overlapped, down_bits=overlapped)
+    check_random_routing(experts, device, T, k, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation, has_gate", [("gelu", True), ("relu", False), (None, True)])
+def test_overlapped_experts_of_other_kinds(
+    device: torch.device, overlapped: int, activation: str | None, has_gate: bool
+) -> None:
+    f = ACTIVATIONS[activation or "silu"]
+    gate = (lambda h: f(h[:, :256]) * h[:, 256:]) if has_gate else f
+    experts = random_experts(
+        4, 256, 256, 40, activation=activation, has_gate=has_gate, apply_gate=gate, bias=True, input_bits=overlapped,
+        down_bits=overlapped,
+    )  # fmt: skip
+    index, weights = random_routing(70, 4, 2, torch.Generator().manual_seed(0))
+    index[:5], index[7, 1] = 4, -1  # nobody's
+    check_experts(experts, device, 70, index, weights, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("O, I, T", [(200, 384, 3), (64, 256, 65), (5, 1408, 130)])
+def test_overlapped_linear_equals_its_twin(device: torch.device, overlapped: int, O: int, I: int, T: int) -> None:
+    generator = torch.Generator().manual_seed(I + O + T)
+    weight = random_weight((O, I), 4, -1, generator)
+    x = torch.randn(T, I, generator=generator).bfloat16()
+    bias = torch.randn(O, generator=generator)
+    prepared = backend.prepare_linear(to(weight, device))
+    y = backend.linear(x.float().to(device), prepared, bias.to(device), overlapped)
+    expected = reference.codebook_linear(x.double(), weight, bias.double(), overlapped)
+    assert_within(y, expected, linear_tolerance(x, weight, overlapped) + EPS * (expected.abs() + bias.abs()))
 
 
 # ----------------------------------------------------------------------------------------------------------- routing
@@ -470,13 +569,14 @@ def test_compile_and_cuda_graph_give_the_eager_result(T: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_tile_fits_into_the_smallest_shared_memory() -> None:
-    """A program on a GPU of compute capability 8.9 has 99 KiB, the least of those that the backend runs on."""
+@pytest.mark.parametrize("capability, kibibytes", [(89, 99), (90, 227)])
+def test_every_tile_fits_into_shared_memory(capability: int, kibibytes: int) -> None:
+    """Of a program on a GPU of this compute capability; no other that the backend runs on has less than 8.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("triton_shared_memory.py")
-    run = subprocess.run([sys.executable, script, "89"], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) > 10
-    too_large = [line for line in lines if int(line.split()[0]) > 99 * 1024]
+    too_large = [line for line in lines if int(line.split()[0]) > kibibytes * 1024]
     assert not too_large

@@ -1,4 +1,4 @@
-"""Compiles the tensor-core kernel for a GPU generation, without a GPU, with every tile of the dispatch table.
+"""Compiles the tensor-core kernels for a GPU generation, without a GPU, with every tile of its dispatch table.
 
     python tests/triton_shared_memory.py 89
 
@@ -11,43 +11,50 @@ from collections.abc import Iterator
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from codequant.kernels.triton import dispatch, grouped
-from codequant.kernels.triton.dispatch import Tile
+from codequant.kernels.triton import dispatch, grouped, overlapped
+from codequant.kernels.triton.activation import Form
+from codequant.kernels.triton.dispatch import Generation, Tile
 
 POINTERS = {
-    "x_high": "i8", "x_low": "i8", "x_scale": "fp32", "x_zero": "fp32", "pair_weight": "fp32", "packed": "u8",
-    "table": "i32", "step": "fp32", "row_sum": "fp32", "bias": "fp32", "out": "bf16", "pair": "i32",
-    "block_expert": "i32", "block_start": "i32", "block_end": "i32",
+    "x": "i8", "x_scale": "fp32", "x_zero": "fp32", "pair_weight": "fp32", "packed": "u8", "table": "i32",
+    "step": "fp32", "row_sum": "fp32", "bias": "fp32", "out": "bf16", "pair": "i32", "block_expert": "i32",
+    "block_start": "i32", "block_end": "i32",
 }  # fmt: skip
-NUMBERS = ("tokens", "N", "E")
+NUMBERS = ("tokens", "plane", "N", "E")
+COLUMNS = 4096
 
 
-def tiles() -> Iterator[tuple[int, int, bool, Tile]]:
-    """(planes, tokens of a block, gate and up together, tile)."""
-    chip = dispatch.AMPERE
-    for planes in (1, 2):
-        for config in chip.grouped[planes]:
-            yield planes, config.tokens, True, config.up
-            yield planes, config.tokens, False, config.down
-            yield planes, config.tokens, False, config.wide_down
-        for linear in chip.linear[planes]:
-            yield planes, linear.tokens, False, linear.tile
+def tiles(chip: Generation) -> Iterator[tuple[Form, int, bool, Tile]]:
+    """(activations, tokens of a block, gate and up together, tile)."""
+    for form in chip.grouped:
+        for config in chip.grouped[form]:
+            for up, down in (config.up, config.down), (config.wide_up, config.wide_down):
+                yield form, config.tokens, True, up
+                yield form, config.tokens, False, down
+        for linear in chip.linear[form]:
+            yield form, linear.tokens, False, linear.tile
 
 
-def shared_memory(capability: int, planes: int, tokens: int, gated: bool, tile: Tile) -> int:
+def shared_memory(capability: int, form: Form, tokens: int, gated: bool, tile: Tile) -> int:
+    item = 2 if form is Form.FLOAT16 else 1
     constants = dict(
-        TOP_K=8, G=1, P=4096, ROUTED=True, GATHER=gated, SCATTER=not gated, GATED=gated,
-        ACTIVATION="silu" if gated else "none", HAS_BIAS=False, PLANES=planes, BM=tokens, BN=tile.rows, BK=tile.bytes,
-        STAGES=tile.stages, PDL=False,
+        TOP_K=8, P=COLUMNS, ROUTED=True, GATHER=gated, SCATTER=not gated, GATED=gated,
+        ACTIVATION="silu" if gated else "none", HAS_BIAS=False, PLANES=form.planes, FLOAT=item == 2, BM=tokens,
+        BN=tile.rows, BK=tile.bytes // item, STAGES=tile.stages, PDL=False,
     )  # fmt: skip
-    signature = {name: f"*{dtype}" for name, dtype in POINTERS.items()} | dict.fromkeys(NUMBERS, "i32")
+    constants |= dict(SPAN=tile.span) if tile.overlap else dict(G=1)
+    types = POINTERS | (dict(x="fp16", packed="u16") if item == 2 else {})
+    signature = {name: f"*{dtype}" for name, dtype in types.items()} | dict.fromkeys(NUMBERS, "i32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}
-    source = ASTSource(grouped._grouped, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    make, kernel = (GluonASTSource, overlapped.kernel) if tile.overlap else (ASTSource, grouped._grouped)
+    source = make(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": tile.warps, "maxnreg": tile.registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
 if __name__ == "__main__":
-    for case in dict.fromkeys(tiles()):
-        print(shared_memory(int(sys.argv[1]), *case), *case)
+    capability = int(sys.argv[1])
+    for case in dict.fromkeys(tiles(dispatch.HOPPER if capability == 90 else dispatch.AMPERE)):
+        print(shared_memory(capability, *case), *case)

@@ -1,13 +1,18 @@
-"""Activations as integers, the way the kernels multiply them.
+"""Activations in the forms in which the kernels multiply them.
 
 8- and 4-bit activations follow `reference.quantize_activation`, operation by operation; the level is stored less
-2**(bits-1), as int8. 16-bit ("unquantized") ones become fixed-point numbers of 16 bits in two int8 planes,
+2**(bits-1), as int8. 16-bit ("unquantized") ones become one of
 
-    x[i] ~ scale * (256 * high[i] + low[i]),   scale = max |x| / 32512,
-
-so that they run on the same int8 lookups and products: the error is at most max |x| / 65024 per element, below the
-spacing of bfloat16 for every element larger than max |x| / 254.
+- fixed point in two int8 planes, x[i] ~ scale * (256 * high[i] + low[i]) with scale = max |x| / 32512, which runs on
+  the same int8 lookups and products: the error is at most max |x| / 65024 per element, below the spacing of bfloat16
+  for every element larger than max |x| / 254;
+- the same in three planes: at most max |x| / 1.6e7, below the rounding of the sum that the product is;
+- float16 in units of a power of two: exact for bfloat16 and float16 elements down to max |x| / 2**29, and for smaller
+  ones within max |x| / 2**39. float32 is rounded to 11 bits.
 """
+
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +21,30 @@ from torch import Tensor
 
 from codequant.kernels.triton.layout import padded_group
 
-PLANE_PEAK = tl.constexpr(32512.0)  # 127 * 256: the high plane stays within int8
+
+class Form(IntEnum):
+    """Forms of activations; the integer ones by their number of int8 planes."""
+
+    LEVELS = 1  # 4 and 8 bits
+    FIXED16 = 2
+    FIXED24 = 3
+    FLOAT16 = 4
+
+    @property
+    def planes(self) -> int:
+        return 1 if self is Form.FLOAT16 else self.value
+
+
+class Activations(NamedTuple):
+    """R tokens of G groups, each padded to P columns: x ~ scale * value + zero."""
+
+    values: Tensor  # int8 [planes, R, G * P], high planes first; float16 [1, R, G * P] in the order of `lookup_pairs`
+    scale: Tensor  # float32 [R]
+    zero: Tensor  # float32 [R]
+
+
+FIXED16_PEAK = tl.constexpr(32512.0)  # 127 * 256: the high plane stays within int8
+FIXED24_PEAK = tl.constexpr(8323072.0)  # 127 * 65536
 
 
 @triton.jit
@@ -43,10 +71,9 @@ def affine_level(x, lo, inverse, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def fixed_point_step(peak):
-    """Largest magnitude of a token -> (step, inverse step) of 16-bit fixed point."""
-    step = tl.div_rn(peak, PLANE_PEAK)
-    return step, tl.where(peak > 0, tl.div_rn(PLANE_PEAK, tl.where(peak > 0, peak, 1.0)), 0.0)
+def fixed_point_step(peak, PEAK: tl.constexpr):
+    """Largest magnitude of a token -> (step, inverse step) of fixed point up to PEAK."""
+    return tl.div_rn(peak, PEAK), tl.where(peak > 0, tl.div_rn(PEAK, tl.where(peak > 0, peak, 1.0)), 0.0)
 
 
 @triton.jit
@@ -58,6 +85,24 @@ def fixed_point(x, inverse):
 
 
 @triton.jit
+def fixed_point_24(x, inverse):
+    """float32 -> int32 (high, mid, low) with 65536 * high + 256 * mid + low = round(x * inverse), all within int8."""
+    value = x * inverse
+    upper = round_half_even(value * (1.0 / 65536))
+    fixed = upper * 65536 + round_half_even(value - upper.to(tl.float32) * 65536.0)  # the difference is exact
+    rest = (fixed + 128) >> 8
+    high = (rest + 128) >> 8
+    return high, rest - high * 256, fixed - rest * 256
+
+
+@triton.jit
+def power_of_two_step(peak):
+    """Largest magnitude of a token -> (step, inverse step), powers of two that bring it to 2**14 .. 2**15."""
+    exponent = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 14, 1)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _extremes(lo, hi, other_lo, other_hi):
     return tl.minimum(lo, other_lo), tl.maximum(hi, other_hi)
 
@@ -65,17 +110,18 @@ def _extremes(lo, hi, other_lo, other_hi):
 @triton.jit
 def _quantize(
     x,
-    q_high,
-    q_low,
+    q,
     scale,
     zero,
     clip,
+    plane,
     I: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
+    FORM: tl.constexpr,
     PDL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -91,11 +137,8 @@ def _quantize(
     source = (column // P) * S + column % P
     valid = (column < PADDED) & (column % P < S)
     value = tl.load(x + row * I + source, mask=valid, other=0.0).to(tl.float32)
-    if BITS == 16:
-        step, inverse = fixed_point_step(tl.max(tl.abs(value), 0))
-        origin = 0.0
-        high, low = fixed_point(value, inverse)
-    else:
+    origin = 0.0
+    if FORM == 1:
         LEVELS: tl.constexpr = 2**BITS - 1
         SHIFT: tl.constexpr = 2 ** (BITS - 1)
         ends = (tl.where(valid, value, float("inf")), tl.where(valid, value, float("-inf")))
@@ -103,37 +146,52 @@ def _quantize(
         lo, step, inverse = affine_range(lo, hi, clip, LEVELS)
         origin = lo + SHIFT * step
         high = tl.where(valid, affine_level(value, lo, inverse, LEVELS) - SHIFT, 0)
+    elif FORM == 2:
+        step, inverse = fixed_point_step(tl.max(tl.abs(value), 0), FIXED16_PEAK)
+        high, mid = fixed_point(value, inverse)
+    elif FORM == 3:
+        step, inverse = fixed_point_step(tl.max(tl.abs(value), 0), FIXED24_PEAK)
+        high, mid, low = fixed_point_24(value, inverse)
+    else:
+        step, inverse = power_of_two_step(tl.max(tl.abs(value), 0))
     if PDL and OVERLAP == "before":
         tl.extra.cuda.gdc_wait()  # before the first write: the kernel before may still use what is here now
         tl.extra.cuda.gdc_launch_dependents()
-    target = row * PADDED + column
     inside = column < PADDED
-    tl.store(q_high + target, high.to(tl.int8), mask=inside)
-    if BITS == 16:
-        tl.store(q_low + target, low.to(tl.int8), mask=inside)
+    target = q + row * PADDED + column
+    if FORM <= 3:
+        tl.store(target, high.to(tl.int8), mask=inside)
+        if FORM >= 2:
+            tl.store(target + plane, mid.to(tl.int8), mask=inside)
+        if FORM == 3:
+            tl.store(target + 2 * plane, low.to(tl.int8), mask=inside)
+    else:
+        # Columns 4i, 4i + 1 and 4i + 2, 4i + 3 of a group's first half, then of its second: four runs of pairs.
+        run = column % P // (P // 2) * 2 + column % 4 // 2
+        place = run * (P // 4) + column % (P // 2) // 4 * 2 + column % 2
+        tl.store(q + row * PADDED + column // P * P + place, (value * inverse).to(tl.float16), mask=inside)
     tl.store(scale + row, step)
     tl.store(zero + row, origin)
 
 
 def quantize(
-    x: Tensor, groups: int, bits: int, clip: float, pdl: bool, overlap: str = "none"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [R, I] -> int8 planes (high, low) [R, G * P], float32 scale [R] and zero [R].
+    x: Tensor, groups: int, bits: int, clip: float, form: Form, pdl: bool, overlap: str = "none"
+) -> Activations:
+    """x [R, I] in the given form; bits and clip matter for Form.LEVELS.
 
-    x[r, i] ~ scale * high + zero for 4 and 8 bits (low is high, unused), scale * (256 * high + low) for 16.
     overlap: "before" computes while the kernel before this one runs, if x is older than that one; "after" lets the
     kernel after this one start at once and ask for its weights, if what it reads before it waits is older than both.
     """
     R, I = x.shape
     S = I // groups
     P = padded_group(S)
-    high = torch.empty(R, groups * P, dtype=torch.int8, device=x.device)
-    low = torch.empty_like(high) if bits == 16 else high
+    dtype = torch.float16 if form is Form.FLOAT16 else torch.int8
+    values = torch.empty(form.planes, R, groups * P, dtype=dtype, device=x.device)
     scale, zero = torch.empty(2, R, dtype=torch.float32, device=x.device)
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
-        x, high, low, scale, zero, clip, I, S, P, groups * P, BLOCK, bits, PDL=pdl, OVERLAP=overlap,
-        num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
+        x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value, PDL=pdl,
+        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
-    return high, low, scale, zero
+    return Activations(values, scale, zero)

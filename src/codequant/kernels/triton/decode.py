@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from codequant.kernels.triton.activation import Activations
 from codequant.kernels.triton.dispatch import DecodeConfig
 from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.layout import TritonWeight, padded_group
@@ -66,19 +67,20 @@ def _accumulate(
 
 
 @triton.jit
-def _finish(high, low, scale, zero, parameters, PLANES: tl.constexpr):
-    """Accumulators [SLOTS, BN, BW] -> float32 results [SLOTS, BN]."""
+def _finish(high, mid, low, scale, zero, parameters, PLANES: tl.constexpr):
+    """Accumulators [SLOTS, BN, BW], one for each plane -> float32 results [SLOTS, BN]."""
     _, step, row_sum, bias = parameters
     y = tl.sum(high, 2).to(tl.float32)
-    if PLANES == 2:
+    if PLANES >= 2:
+        y = y * 256.0 + tl.sum(mid, 2).to(tl.float32)
+    if PLANES == 3:
         y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
     return y * step * scale[:, None] + zero[:, None] * row_sum + bias
 
 
 @triton.jit
 def _decode(
-    x_high,
-    x_low,
+    x,
     x_scale,
     x_zero,
     expert,
@@ -89,6 +91,7 @@ def _decode(
     row_sum,
     bias,
     out,
+    plane,
     N,
     E,
     TOP_K: tl.constexpr,
@@ -105,8 +108,8 @@ def _decode(
     BW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (outputs, blocks of BN rows), for outputs of one expert to find its rows in the cache; x planes int32
-    [rows, 2 * WORDS], four activations each.
+    """Grid (outputs, blocks of BN rows), for outputs of one expert to find its rows in the cache; x int32
+    [PLANES, rows, 2 * WORDS], four activations each, `plane` words from one plane to the next.
 
     Without REDUCE output q is pair q, of token q // TOP_K; with it output q is token q and sums its TOP_K pairs, which
     sit side by side in SLOTS, a power of two. GATED: rows N..2N hold `up`, rows 0..N the gate, and the output is
@@ -155,6 +158,8 @@ def _decode(
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
     gate = tl.zeros([SLOTS, BN, BW], DTYPE)
     up = tl.zeros([SLOTS, BN, BW], DTYPE)
+    gate_mid = tl.zeros([SLOTS, BN, BW], DTYPE)
+    up_mid = tl.zeros([SLOTS, BN, BW], DTYPE)
     gate_low = tl.zeros([SLOTS, BN, BW], DTYPE)
     up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
     x_at = x_row.to(tl.int64) * (2 * WORDS)
@@ -169,12 +174,21 @@ def _decode(
             if GATED:
                 up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
 
-        first, second = _activations(x_high, x_at, live, word, WORDS, WORDS_PER_GROUP)
+        first, second = _activations(x, x_at, live, word, WORDS, WORDS_PER_GROUP)
         gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
         if GATED:
             up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
-        if PLANES == 2:
-            first, second = _activations(x_low, x_at, live, word, WORDS, WORDS_PER_GROUP)
+        if PLANES >= 2:
+            first, second = _activations(x + plane, x_at, live, word, WORDS, WORDS_PER_GROUP)
+            gate_mid = _accumulate(
+                gate_mid, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP
+            )
+            if GATED:
+                up_mid = _accumulate(
+                    up_mid, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP
+                )
+        if PLANES == 3:
+            first, second = _activations(x + 2 * plane, x_at, live, word, WORDS, WORDS_PER_GROUP)
             gate_low = _accumulate(
                 gate_low, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP
             )
@@ -185,9 +199,9 @@ def _decode(
 
     scale = tl.load(x_scale + x_row, mask=live, other=0.0)
     zero = tl.load(x_zero + x_row, mask=live, other=0.0)
-    y = activate(_finish(gate, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
+    y = activate(_finish(gate, gate_mid, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
     if GATED:
-        y *= _finish(up, up_low, scale, zero, up_rows, PLANES)
+        y *= _finish(up, up_mid, up_low, scale, zero, up_rows, PLANES)
     if REDUCE:
         y = y * share[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)  # [BN]
@@ -195,7 +209,7 @@ def _decode(
 
 
 def decode(
-    x: tuple[Tensor, Tensor, Tensor, Tensor],
+    x: Activations,
     weight: TritonWeight,
     bias: Tensor | None,
     expert: Tensor | None,
@@ -203,24 +217,24 @@ def decode(
     top_k: int,
     gated: bool,
     activation: str,
-    planes: int,
     out_dtype: torch.dtype,
     config: DecodeConfig,
     pdl: bool,
 ) -> Tensor:
-    """x: the result of `quantize`. One output row per pair of x [T, I] and expert [T, top_k] or, given pair_weight,
+    """x in an integer form. One output row per pair of x [T, I] and expert [T, top_k] or, given pair_weight,
     x [T * top_k, I] and one output row per token. expert None: a single matrix and top_k = 1."""
-    high, low, scale, zero = x
+    values, scale, zero = x
+    planes, tokens, columns = values.shape
     reduce = pair_weight is not None
     E, rows, _ = weight.words.shape
     N = rows // 2 if gated else rows
-    outputs = len(high) // top_k if reduce else len(high) * top_k
-    out = torch.empty(outputs, N, dtype=out_dtype, device=high.device)
+    outputs = tokens // top_k if reduce else tokens * top_k
+    out = torch.empty(outputs, N, dtype=out_dtype, device=values.device)
     words_per_group = padded_group(weight.in_features // weight.groups) // 8
     _decode[(outputs, triton.cdiv(N, config.rows))](
-        high.view(torch.int32), low.view(torch.int32), scale, zero, expert if expert is not None else scale,
+        values.view(torch.int32), scale, zero, expert if expert is not None else scale,
         pair_weight if reduce else scale, weight.words, weight.table.view(torch.int64), weight.step, weight.row_sum,
-        bias if bias is not None else scale, out, N, E,
+        bias if bias is not None else scale, out, tokens * columns // 4, N, E,
         TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,

@@ -1,22 +1,16 @@
 """Very many tokens with unquantized activations: weights into scratch memory, products by the vendor's library.
 
 Looking weights up inside a product costs up to half of its speed; done once for all tokens of a call, it costs a pass
-over the weights. The scratch holds one matrix, or one of a layer's two stacks of experts, in
-the activations' type, and is freed with the call.
+over the weights. The scratch holds one matrix in the activations' type, and is freed with the call.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.layout import TritonWeight, padded_group
 from codequant.kernels.triton.ptx import lookup_bytes
-from codequant.kernels.triton.routing import Routing
-
-ALIGNMENT = 8  # grouped_mm wants rows of whole 16 bytes
 
 
 @triton.jit
@@ -66,42 +60,4 @@ def dequantize(weight: TritonWeight, dtype: torch.dtype) -> Tensor:
     _dequantize[(triton.cdiv(R, BN), weight.groups * triton.cdiv(P // 2, BK))](  # a grid's second axis ends at 65535
         weight.words.view(torch.uint8), weight.table, weight.step, out, R, S, weight.groups, P, BN, BK, num_warps=4
     )
-    return out
-
-
-@triton.jit
-def _gate(x, out, M, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    WIDTH: tl.constexpr = 2 if GATED else 1
-    y = activate(tl.load(x + row * WIDTH * M + m, mask=m < M, other=0.0).to(tl.float32), ACTIVATION)
-    if GATED:
-        y *= tl.load(x + row * WIDTH * M + M + m, mask=m < M, other=0.0).to(tl.float32)
-    tl.store(out + row * M + m, y.to(out.dtype.element_ty), mask=m < M)
-
-
-def gate(x: Tensor, gated: bool, activation: str) -> Tensor:
-    """activation(gate) * up of x [R, 2M] where gated, else activation(x)."""
-    if activation == "none" and not gated:
-        return x
-    R, M = x.shape[0], x.shape[1] // (2 if gated else 1)
-    out = x.new_empty(R, M)
-    BLOCK = min(1024, triton.next_power_of_2(M))
-    _gate[(R, triton.cdiv(M, BLOCK))](x, out, M, gated, activation, BLOCK, num_warps=4)
-    return out
-
-
-def dense_experts(x: Tensor, weight: TritonWeight, bias: Tensor | None, expert: Tensor, routing: Routing) -> Tensor:
-    """x [pairs, I] in expert order -> [pairs, O]; rows of sentinel pairs, which come last, hold nothing."""
-    y = F.grouped_mm(x, dequantize(weight, x.dtype).mT, offs=routing.end)
-    if bias is not None:
-        sorted_expert = expert.flatten()[routing.pair].clamp(0, len(bias) - 1)
-        y = y + bias[sorted_expert].to(y.dtype)
-    return y
-
-
-def weighted_pairs(y: Tensor, pair_weight: Tensor, routing: Routing) -> Tensor:
-    """y [pairs, O] in expert order -> in the order of the pairs, times their weights."""
-    out = torch.empty_like(y)
-    out[routing.pair] = y * pair_weight.flatten()[routing.pair, None].to(y.dtype)
     return out

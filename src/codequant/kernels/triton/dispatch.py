@@ -2,13 +2,17 @@
 
 Block sizes depend on the tokens that an expert gets on average, which decides between reading weights and multiplying
 (for a single matrix: on the number of its results, which decides how many programs there are), and on the activations'
-planes, which multiply the products. Measured on an H200, see docs/LOG.md.
+form, which decides what a product costs. Measured on an H200, see docs/LOG.md.
 """
 
+import os
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
+
+from codequant.errors import InputError
+from codequant.kernels.triton.activation import Form
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None  # per thread at most, so that more programs share a multiprocessor
+    overlap: bool = False  # by `overlapped` where it serves the weight: twice the rows, unless gate and up are these
+    span: int = 1  # with overlap: blocks of tokens that go through the rows together
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,14 @@ class GroupedConfig:
     tokens: int  # one program serves up to so many tokens of an expert
     up: Tile
     down: Tile
-    wide_down: Tile  # down, for rows longer than WIDE
+    wide_up: Tile  # the same for rows of WIDE columns or more
+    wide_down: Tile
+
+    def pick_up(self, columns: int) -> Tile:
+        return self.wide_up if columns >= WIDE else self.up
+
+    def pick_down(self, columns: int) -> Tile:
+        return self.wide_down if columns >= WIDE else self.down
 
 
 @dataclass(frozen=True)
@@ -48,18 +61,6 @@ class LinearConfig:
 
 
 @dataclass(frozen=True)
-class DenseConfig:
-    """When 16-bit activations meet dequantized weights: one pass over the weights against twice the products, and for
-    experts against a few passes over activations, which only long rows are worth."""
-
-    tokens: float  # of an expert on average, or of a matrix
-    columns: int  # of a weight row
-
-    def serves(self, tokens: float, columns: int) -> bool:
-        return tokens >= self.tokens and columns >= self.columns
-
-
-@dataclass(frozen=True)
 class Generation:
     """Configurations of one GPU generation."""
 
@@ -67,75 +68,153 @@ class Generation:
     decode_down: DecodeConfig  # for one token; a program sums its experts
     decode_down_tokens: DecodeConfig  # for several
     decode_down_few: DecodeConfig  # where the experts of a token are one or two
-    grouped: dict[int, tuple[GroupedConfig, ...]]  # by planes of the activations, ascending density
-    decode_linear: dict[int, DecodeConfig]  # by planes of the activations
-    linear: dict[int, tuple[LinearConfig, ...]]  # by planes of the activations, ascending results
+    grouped: dict[Form, tuple[GroupedConfig, ...]]  # ascending density
+    decode_linear: dict[Form, DecodeConfig]
+    linear: dict[Form, tuple[LinearConfig, ...]]  # ascending results
+    fixed_density: float  # tokens per expert up to which 16-bit activations are fixed point, unless they must be exact
+    dense_tokens: int  # from which on a matrix is dequantized for 16-bit activations, unless they must be exact
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
-    dense_linear: DenseConfig
-    dense_experts: DenseConfig
 
-    def pick_down(self, tokens: int, top_k: int) -> DecodeConfig:
+    def pick_decode_down(self, tokens: int, top_k: int) -> DecodeConfig:
         if top_k <= 2:
             return self.decode_down_few
         return self.decode_down if tokens == 1 else self.decode_down_tokens
 
-    def pick(self, planes: int, tokens_per_expert: float) -> GroupedConfig:
-        """Configuration for expert-sorted blocks."""
-        return next(config for config in self.grouped[planes] if tokens_per_expert <= config.density)
+    def form(self, bits: int, density: float) -> Form:
+        """Of activations that meet expert-sorted blocks."""
+        if bits < 16:
+            return Form.LEVELS
+        return Form.FLOAT16 if exact_a16() or density > self.fixed_density else Form.FIXED16
 
-    def pick_linear(self, planes: int, results: int) -> LinearConfig:
-        return next(config for config in self.linear[planes] if results <= config.results)
+    def pick(self, bits: int, tokens: int, pairs: int, experts: int) -> GroupedConfig | None:
+        """Expert-sorted blocks for a layer whose wider activations have so many bits; None for the decode kernel, which
+        reads an expert once per pair, the other once per block of tokens."""
+        if tokens == 1 or pairs * decode_form(bits).planes <= experts // 2:
+            return None
+        density = pairs / experts
+        return next(config for config in self.grouped[self.form(bits, density)] if density <= config.density)
+
+    def pick_linear(self, form: Form, results: int) -> LinearConfig:
+        return next(config for config in self.linear[form] if results <= config.results)
 
 
 WIDE = 4096
 DECODED_TOKENS = 2  # of a single matrix: up to so many, the decode kernel runs it
 
 
-def decodes(tokens: int, pairs: int, experts: int, planes: int) -> bool:
-    """Whether the decode kernel runs a batch: it reads an expert once per pair, the other once per block of tokens."""
-    return tokens == 1 or pairs * planes <= experts // 2
+def exact_a16() -> bool:
+    """Whether CODEQUANT_A16 asks for 16-bit activations as they are ("exact") instead of, where that is faster, in 16
+    bits of fixed point ("fast", the default)."""
+    mode = os.environ.get("CODEQUANT_A16", "fast")
+    if mode not in ("fast", "exact"):
+        raise InputError(f"CODEQUANT_A16: {mode!r}, expected fast or exact")
+    return mode == "exact"
+
+
+def decode_form(bits: int) -> Form:
+    """Of activations that meet the decode kernel."""
+    if bits < 16:
+        return Form.LEVELS
+    return Form.FIXED24 if exact_a16() else Form.FIXED16
 
 
 _HUGE = float("inf")
-_GROUPED: dict[int, tuple[GroupedConfig, ...]] = {
-    1: (
-        GroupedConfig(16, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 3)),
-        GroupedConfig(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
-        GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
-        GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(128, 64, 4, 3)),
-    ),
-    2: (
-        GroupedConfig(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 256, 4, 3)),
-        GroupedConfig(48, 64, Tile(64, 64, 4, 4), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
-        GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
-    ),
-}
-_DECODE_LINEAR = {1: DecodeConfig(8, 128, 4), 2: DecodeConfig(8, 64, 4)}
+
+
+def _uniform(density: float, tokens: int, up: Tile, down: Tile) -> GroupedConfig:
+    return GroupedConfig(density, tokens, up, down, up, down)
+
+
+_T = Tile
+_LEVELS = (
+    GroupedConfig(16, 16, _T(64, 128, 4, 4), _T(64, 128, 4, 3, 96), _T(64, 128, 4, 4), _T(64, 128, 4, 3)),
+    _uniform(48, 64, _T(64, 128, 4, 3), _T(128, 128, 4, 3)),
+    GroupedConfig(128, 128, _T(64, 64, 4, 4), _T(64, 64, 4, 3, 128), _T(64, 64, 4, 4), _T(128, 64, 4, 3)),
+    GroupedConfig(_HUGE, 128, _T(64, 64, 4, 3), _T(64, 64, 4, 3, 128), _T(64, 64, 4, 3), _T(128, 64, 4, 3)),
+)
+_FIXED16 = (
+    GroupedConfig(16, 16, _T(64, 128, 4, 3), _T(64, 128, 4, 3), _T(64, 128, 4, 3), _T(64, 256, 4, 3)),
+    _uniform(48, 64, _T(64, 64, 4, 4), _T(64, 128, 4, 3)),
+    GroupedConfig(_HUGE, 64, _T(64, 64, 4, 3), _T(128, 64, 4, 3), _T(64, 64, 4, 3), _T(64, 128, 4, 3)),
+)
+_FLOAT16 = (
+    _uniform(16, 16, _T(64, 128, 4, 3), _T(64, 128, 4, 3)),
+    _uniform(_HUGE, 64, _T(64, 64, 4, 3), _T(64, 64, 4, 3)),
+)
+
+_O = partial(Tile, overlap=True)
+_LEVELS_90 = (
+    replace(_LEVELS[0], down=_O(64, 64, 4, 4, 128)),
+    _LEVELS[1],
+    _uniform(72, 64, _O(64, 128, 4, 3), _O(64, 64, 4, 4)),
+    replace(_uniform(_HUGE, 128, _O(64, 64, 4, 3), _O(64, 64, 4, 3)), wide_up=_O(128, 128, 8, 3, span=16)),
+)
+_FIXED16_90 = (replace(_FIXED16[0], down=_O(64, 64, 4, 4)), _FIXED16[1])
+_FLOAT16_90 = (
+    _uniform(16, 16, _O(64, 128, 4, 4), _O(64, 64, 4, 4)),
+    _uniform(48, 32, _O(64, 64, 4, 4), _O(64, 64, 4, 4)),
+    _uniform(72, 64, _O(64, 64, 4, 3, 168), _O(64, 64, 4, 3, 168)),
+    GroupedConfig(_HUGE, 128, _O(128, 64, 8, 3), _O(128, 64, 8, 3), _O(128, 64, 8, 4, span=16), _O(128, 64, 8, 4)),
+)
+
 _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
-_LINEAR: dict[int, tuple[LinearConfig, ...]] = {
-    1: (
+_LINEAR: dict[Form, tuple[LinearConfig, ...]] = {
+    Form.LEVELS: (
         _FEW,
         LinearConfig(2**19, 32, Tile(64, 256, 4, 3)),
         LinearConfig(2**21, 128, Tile(64, 128, 4, 3)),
         LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3)),
     ),
-    2: (
+    Form.FIXED16: (
         _FEW,
         LinearConfig(2**18, 32, Tile(64, 256, 4, 3)),
         LinearConfig(2**19, 32, Tile(64, 128, 4, 4)),
         LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
         LinearConfig(_HUGE, 64, Tile(128, 64, 4, 3)),
     ),
+    Form.FLOAT16: (
+        _FEW,
+        LinearConfig(2**19, 32, Tile(64, 128, 4, 3)),
+        LinearConfig(_HUGE, 64, Tile(64, 64, 4, 3)),
+    ),
 }
-_DECODE = (DecodeConfig(8, 64, 4), DecodeConfig(8, 64, 8), DecodeConfig(16, 32, 8), DecodeConfig(2, 256, 4))
-_DENSE_LINEAR, _DENSE_EXPERTS = DenseConfig(256, 0), DenseConfig(1024, 4096)
-HOPPER = Generation(*_DECODE, _GROUPED, _DECODE_LINEAR, _LINEAR, 2048, _DENSE_LINEAR, _DENSE_EXPERTS)
-AMPERE = replace(HOPPER, pdl_rows=0)
+_LINEAR_90 = {
+    Form.LEVELS: (*_LINEAR[Form.LEVELS][:-1], LinearConfig(_HUGE, 128, _O(64, 64, 4, 3, span=8))),
+    Form.FIXED16: _LINEAR[Form.FIXED16],
+    Form.FLOAT16: (
+        *_LINEAR[Form.FLOAT16][:-1], LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
+        LinearConfig(_HUGE, 128, _O(128, 64, 8, 3)),
+    ),
+}  # fmt: skip
+
+AMPERE = Generation(
+    decode_up=DecodeConfig(8, 64, 4),
+    decode_down=DecodeConfig(8, 64, 8),
+    decode_down_tokens=DecodeConfig(16, 32, 8),
+    decode_down_few=DecodeConfig(2, 256, 4),
+    grouped={Form.LEVELS: _LEVELS, Form.FIXED16: _FIXED16, Form.FLOAT16: _FLOAT16},
+    decode_linear={
+        Form.LEVELS: DecodeConfig(8, 128, 4),
+        Form.FIXED16: DecodeConfig(8, 64, 4),
+        Form.FIXED24: DecodeConfig(8, 64, 4),
+    },
+    linear=_LINEAR,
+    fixed_density=_HUGE,
+    dense_tokens=256,
+    pdl_rows=0,
+)  # fmt: skip
+HOPPER = replace(
+    AMPERE,
+    grouped={Form.LEVELS: _LEVELS_90, Form.FIXED16: _FIXED16_90, Form.FLOAT16: _FLOAT16_90},
+    linear=_LINEAR_90,
+    fixed_density=48,
+    pdl_rows=2048,
+)
+BLACKWELL = replace(AMPERE, pdl_rows=HOPPER.pdl_rows)  # without the instructions of `overlapped`
 
 
 @cache
 def generation(device: torch.device) -> Generation:
-    """By compute capability: 9.x and newer are taken as Hopper, all else (and the interpreter) as Ampere or Ada."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        return HOPPER
-    return AMPERE
+    """By compute capability; below 9, and in the interpreter, as Ampere."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return AMPERE if major < 9 else HOPPER if major == 9 else BLACKWELL

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from codequant.kernels.triton.ptx import exp2, reciprocal
+
 FUSED = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
@@ -10,7 +12,7 @@ FUSED = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "
 def activate(x, NAME: tl.constexpr):
     """float32 -> float32."""
     if NAME == "silu":
-        x = x / (1.0 + tl.exp(-x))
+        x = x * reciprocal(1.0 + exp2(x * -1.4426950408889634))
     elif NAME == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":

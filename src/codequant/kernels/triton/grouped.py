@@ -1,8 +1,8 @@
-"""Many tokens: expert-sorted blocks of tokens times codebook weights, on int8 tensor cores.
+"""Many tokens: expert-sorted blocks of tokens times codebook weights, on tensor cores.
 
 The product is taken as W X^T, [BN weight rows, BM tokens]: decoded weights are the operand that tensor cores may read
-from registers, where the lookup leaves them, and BM can be as short as 16 without wasting a 64-row instruction. 16-bit
-activations come as two int8 planes and share the decoded weights.
+from registers, where the lookup leaves them, and BM can be as short as 16 without wasting a 64-row instruction. Two
+int8 planes of activations share the decoded weights; float16 activations meet float16 weights.
 """
 
 import torch
@@ -10,18 +10,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from codequant.kernels.triton import overlapped
+from codequant.kernels.triton.activation import Activations
 from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.layout import TritonWeight, padded_group
-from codequant.kernels.triton.ptx import lookup_bytes
+from codequant.kernels.triton.ptx import biased_entries, lookup_bytes, lookup_pairs
 from codequant.kernels.triton.routing import Routing, max_blocks
 
 
 @triton.jit
-def _tables(table, index):
-    """Four registers [BN, 1] of each of the tables [BN]."""
+def _tables(table, index, FLOAT: tl.constexpr):
+    """Four registers [BN, 1] of each of the tables [BN], as the lookup wants them."""
     p = table + index * 4
-    return tl.load(p)[:, None], tl.load(p + 1)[:, None], tl.load(p + 2)[:, None], tl.load(p + 3)[:, None]
+    t0, t1, t2, t3 = tl.load(p)[:, None], tl.load(p + 1)[:, None], tl.load(p + 2)[:, None], tl.load(p + 3)[:, None]
+    if FLOAT:
+        t0, t1, t2, t3 = biased_entries(t0), biased_entries(t1), biased_entries(t2), biased_entries(t3)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def _add_float_products(acc, packed, t0, t1, t2, t3, x0, x1, x2, x3, step, G: tl.constexpr):
+    """acc float32 [BN, BM] += the decoded weights times the four runs of x, for more groups times the rows' steps."""
+    w0, w1, w2, w3 = lookup_pairs(packed, t0, t1, t2, t3)
+    dot = tl.dot(w0, tl.trans(x0), acc if G == 1 else None)
+    dot = tl.dot(w1, tl.trans(x1), dot)
+    dot = tl.dot(w2, tl.trans(x2), dot)
+    dot = tl.dot(w3, tl.trans(x3), dot)
+    return dot if G == 1 else acc + dot * tl.load(step)[:, None]
 
 
 @triton.jit
@@ -55,10 +71,10 @@ def _finish(
 
 @triton.jit
 def _block(
-    x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, end, N,
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, end, plane, N,
     TOP_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLANES: tl.constexpr, FLOAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
     position = start + tl.arange(0, BM)
@@ -72,63 +88,73 @@ def _block(
         if SCATTER:
             y_row = p
 
-    HALF: tl.constexpr = P // 2  # bytes of a group's row, and columns of each half of it
-    PER_GROUP: tl.constexpr = (HALF + BK - 1) // BK
-    EVEN: tl.constexpr = HALF % BK == 0
+    RUN: tl.constexpr = P // 4 if FLOAT else P // 2  # elements of a group's packed row, and columns of a run of x
+    PER_GROUP: tl.constexpr = (RUN + BK - 1) // BK
+    EVEN: tl.constexpr = RUN % BK == 0
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if GATED:
         row = tl.cast(e, tl.int64) * (2 * N) + tl.minimum(n, N - 1)
     else:
         row = tl.cast(e, tl.int64) * N + tl.minimum(n, N - 1)
     k = tl.arange(0, BK)
-    x_at = x_row.to(tl.int64)[:, None] * (G * P) + k[None, :]
-    w_at = packed + row[:, None] * (G * HALF) + k[None, :]
+    x_at = x + x_row.to(tl.int64)[:, None] * (G * P) + k[None, :]
+    w_at = packed + row[:, None] * (G * RUN) + k[None, :]
 
-    DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
+    DTYPE: tl.constexpr = tl.int32 if G == 1 and not FLOAT else tl.float32
     gate = tl.zeros([BN, BM], DTYPE)
     up = tl.zeros([BN, BM], DTYPE)
     gate_low = tl.zeros([BN, BM], DTYPE)
     up_low = tl.zeros([BN, BM], DTYPE)
     if G == 1:
-        t0, t1, t2, t3 = _tables(table, row)
+        t0, t1, t2, t3 = _tables(table, row, FLOAT)
         if GATED:
-            u0, u1, u2, u3 = _tables(table, row + N)
+            u0, u1, u2, u3 = _tables(table, row + N, FLOAT)
     if PDL:  # all of the above is older than the kernel before this one, the quantization
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for i in tl.range(0, G * PER_GROUP, num_stages=STAGES):
         g = i // PER_GROUP
-        byte = (i % PER_GROUP) * BK
+        at = (i % PER_GROUP) * BK
         if EVEN:
             x_ok = ok[:, None]
-            w = tl.load(w_at + g * HALF + byte)
+            w = tl.load(w_at + g * RUN + at)
             if GATED:
-                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte)
+                wu = tl.load(w_at + N * (G * RUN) + g * RUN + at)
         else:
-            inside = (byte + k < HALF)[None, :]
+            inside = (at + k < RUN)[None, :]
             x_ok = ok[:, None] & inside
-            w = tl.load(w_at + g * HALF + byte, mask=inside, other=0)
+            w = tl.load(w_at + g * RUN + at, mask=inside, other=0)
             if GATED:
-                wu = tl.load(w_at + N * (G * HALF) + g * HALF + byte, mask=inside, other=0)
-        column = g * P + byte
-        x0 = tl.load(x_high + x_at + column, mask=x_ok, other=0)
-        x1 = tl.load(x_high + x_at + column + HALF, mask=x_ok, other=0)
-        if PLANES == 2:
-            l0 = tl.load(x_low + x_at + column, mask=x_ok, other=0)
-            l1 = tl.load(x_low + x_at + column + HALF, mask=x_ok, other=0)
+                wu = tl.load(w_at + N * (G * RUN) + g * RUN + at, mask=inside, other=0)
+        column = x_at + g * P + at
+        x0 = tl.load(column, mask=x_ok, other=0)
+        x1 = tl.load(column + RUN, mask=x_ok, other=0)
+        if FLOAT:
+            x2 = tl.load(column + 2 * RUN, mask=x_ok, other=0)
+            x3 = tl.load(column + 3 * RUN, mask=x_ok, other=0)
+        elif PLANES == 2:
+            x2 = tl.load(column + plane, mask=x_ok, other=0)
+            x3 = tl.load(column + plane + RUN, mask=x_ok, other=0)
         if G > 1:
-            t0, t1, t2, t3 = _tables(table, row * G + g)
+            t0, t1, t2, t3 = _tables(table, row * G + g, FLOAT)
             if GATED:
-                u0, u1, u2, u3 = _tables(table, (row + N) * G + g)
-        w0, w1 = lookup_bytes(w, t0, t1, t2, t3)
-        gate = _add_products(gate, w0, w1, x0, x1, step + row * G + g, G)
-        if PLANES == 2:
-            gate_low = _add_products(gate_low, w0, w1, l0, l1, step + row * G + g, G)
-        if GATED:
-            w0, w1 = lookup_bytes(wu, u0, u1, u2, u3)
-            up = _add_products(up, w0, w1, x0, x1, step + (row + N) * G + g, G)
+                u0, u1, u2, u3 = _tables(table, (row + N) * G + g, FLOAT)
+        gate_step = step + row * G + g
+        up_step = step + (row + N) * G + g
+        if FLOAT:
+            gate = _add_float_products(gate, w, t0, t1, t2, t3, x0, x1, x2, x3, gate_step, G)
+            if GATED:
+                up = _add_float_products(up, wu, u0, u1, u2, u3, x0, x1, x2, x3, up_step, G)
+        else:
+            w0, w1 = lookup_bytes(w, t0, t1, t2, t3)
+            gate = _add_products(gate, w0, w1, x0, x1, gate_step, G)
             if PLANES == 2:
-                up_low = _add_products(up_low, w0, w1, l0, l1, step + (row + N) * G + g, G)
+                gate_low = _add_products(gate_low, w0, w1, x2, x3, gate_step, G)
+            if GATED:
+                w0, w1 = lookup_bytes(wu, u0, u1, u2, u3)
+                up = _add_products(up, w0, w1, x0, x1, up_step, G)
+                if PLANES == 2:
+                    up_low = _add_products(up_low, w0, w1, x2, x3, up_step, G)
 
     scale = tl.load(x_scale + x_row, mask=ok, other=0.0)
     zero = tl.load(x_zero + x_row, mask=ok, other=0.0)
@@ -143,14 +169,14 @@ def _block(
 
 @triton.jit
 def _grouped(
-    x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
-    pair, block_expert, block_start, block_end, tokens, N, E,
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
+    pair, block_expert, block_start, block_end, tokens, plane, N, E,
     TOP_K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROUTED: tl.constexpr, GATHER: tl.constexpr,
     SCATTER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PLANES: tl.constexpr, FLOAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x planes int8 [rows, G * P]; packed uint8 [E, N or 2N, G * P / 2].
+    """x int8 [PLANES, rows, G * P] and packed uint8 [E, N or 2N, G * P / 2]; with FLOAT float16 and uint16 [.., / 4].
 
     GATHER: position i in expert order reads x row pair[i] // TOP_K, else row i. SCATTER: it writes output row pair[i],
     multiplied by pair_weight, else row i. Not ROUTED: one matrix, position i is token i.
@@ -169,18 +195,18 @@ def _grouped(
     # An expert's last block, often its only one, is short: half of them take half of the products.
     if stop - start <= BM // 2:
         _block(
-            x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop,
-            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, BM // 2, BN, BK, STAGES, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop, plane,
+            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 2, BN, BK, STAGES, PDL,
         )  # fmt: skip
     else:
         _block(
-            x_high, x_low, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop,
-            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, BM, BN, BK, STAGES, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, start, stop, plane,
+            N, TOP_K, G, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES, PDL,
         )  # fmt: skip
 
 
 def grouped(
-    x: tuple[Tensor, Tensor, Tensor, Tensor],
+    x: Activations,
     weight: TritonWeight,
     bias: Tensor | None,
     routing: Routing | None,
@@ -188,36 +214,46 @@ def grouped(
     top_k: int,
     gated: bool,
     activation: str,
-    planes: int,
     out_dtype: torch.dtype,
     tokens: int,
     tile: Tile,
     pdl: bool,
 ) -> Tensor:
-    """x: the result of `quantize`. Three uses:
+    """x in any form but FIXED24. Three uses:
 
     routing None: one matrix, [tokens, N]. Routing without pair_weight: x rows are tokens, the result [pairs, N] is in
     expert order. Routing with pair_weight: x rows are in expert order, the result [pairs, N] is in the order of pairs,
     weighted; rows of sentinel pairs are left unwritten.
     """
-    high, low, scale, zero = x
+    values, scale, zero = x
+    planes, positions, _ = values.shape
     E, rows, _ = weight.words.shape
     N = rows // 2 if gated else rows
     G = weight.groups
     P = padded_group(weight.in_features // G)
     scatter = pair_weight is not None
+    item = values.itemsize  # a byte of packed weights meets as many bytes of a run of activations
     if routing is None:
-        positions, blocks, lists = len(high), triton.cdiv(len(high), tokens), [scale] * 4
+        blocks, lists = triton.cdiv(positions, tokens), [scale] * 4
     else:
         positions, lists = len(routing.pair), routing.blocks
         blocks = max_blocks(positions, E, tokens)
-    out = torch.empty(positions, N, dtype=out_dtype, device=high.device)
-    _grouped[(triton.cdiv(N, tile.rows), blocks)](
-        high, low, scale, zero, pair_weight if scatter else scale, weight.words.view(torch.uint8), weight.table,
-        weight.step, weight.row_sum, bias if bias is not None else scale, out, *lists, positions, N, E,
-        TOP_K=top_k, G=G, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
-        GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
-        BM=tokens, BN=tile.rows, BK=min(tile.bytes, triton.next_power_of_2(P // 2)),
-        STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
+    out = torch.empty(positions, N, dtype=out_dtype, device=values.device)
+    arguments = (
+        values, scale, zero, pair_weight if scatter else scale,
+        weight.words.view(torch.uint16 if item == 2 else torch.uint8), weight.table, weight.step, weight.row_sum,
+        bias if bias is not None else scale, out, *lists, positions, values.stride(0), N, E,
     )  # fmt: skip
+    constants = dict(
+        TOP_K=top_k, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
+        GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
+        BN=tile.rows, STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
+    )  # fmt: skip
+    if tile.overlap and overlapped.serves(weight):
+        rows = tile.rows if gated else 2 * tile.rows
+        BK = overlapped.step_bytes(P // 2, tile.bytes) // item
+        overlapped.kernel[(triton.cdiv(N, rows), blocks)](*arguments, BK=BK, SPAN=tile.span, **constants)
+    else:
+        BK = min(tile.bytes, triton.next_power_of_2(P // 2)) // item
+        _grouped[(triton.cdiv(N, tile.rows), blocks)](*arguments, G=G, BK=BK, **constants)
     return out

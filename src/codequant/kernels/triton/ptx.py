@@ -34,11 +34,39 @@ def _operands(asm: str, **registers: int) -> str:
     return asm
 
 
+# The same as float16: byte b beside 0x64 is 1024 + b, and b is 128 more than the entry.
+_FLOAT_LOOKUP = """{
+.reg .b32 low, top, a, b, offset;
+mov.b32 offset, 0x64806480;
+and.b32 low, $word, 0x77777777;
+shr.u32 top, $word, 1;
+lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;
+prmt.b32 a, $t0, $t1, low;
+prmt.b32 b, $t2, $t3, low;
+prmt.b32 a, a, b, top;
+prmt.b32 b, a, 0x64646464, 0x4140;
+sub.f16x2 $o0, b, offset;
+prmt.b32 b, a, 0x64646464, 0x4342;
+sub.f16x2 $o1, b, offset;
+dp2a.hi.u32.u32 low, low, 0x01000000, 0;
+dp2a.hi.u32.u32 top, top, 0x01000000, 0;
+prmt.b32 a, $t0, $t1, low;
+prmt.b32 b, $t2, $t3, low;
+prmt.b32 a, a, b, top;
+prmt.b32 b, a, 0x64646464, 0x4140;
+sub.f16x2 $o2, b, offset;
+prmt.b32 b, a, 0x64646464, 0x4342;
+sub.f16x2 $o3, b, offset;
+}"""
+
 _WORD_LOOKUP = tl.constexpr(_operands(_LOOKUP, first=0, second=1, word=2, t0=3, t1=4, t2=5, t3=6))
 _WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
 # With pack=4 a register holds four bytes of `packed`, and each table operand arrives four times, in equal registers.
 _BYTE_LOOKUP = tl.constexpr(_operands(_LOOKUP, first=0, second=1, word=2, t0=3, t1=7, t2=11, t3=15))
 _BYTE_CONSTRAINTS = tl.constexpr("=&r,=&r," + ",".join("r" * 17))
+
+_PAIR_LOOKUP = tl.constexpr(_operands(_FLOAT_LOOKUP, o0=0, o1=1, o2=2, o3=3, word=4, t0=5, t1=7, t2=9, t3=11))
+_PAIR_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r," + ",".join("r" * 9))
 
 
 @triton.jit
@@ -58,6 +86,26 @@ def lookup_bytes(packed, t0, t1, t2, t3):
 
 
 @triton.jit
+def biased_entries(table):
+    """Four int8 entries of a register -> as bytes, 128 more each."""
+    return table ^ -0x7F7F7F80
+
+
+@triton.jit
+def lookup_pairs(packed, t0, t1, t2, t3):
+    """uint16 [N, B], the halves of B/2 words, and tables of `biased_entries` -> four times float16 [N, B]: elements 2i
+    and 2i + 1 of the j-th are the entries of indices 2j and 2j + 1 of word i."""
+    return tl.inline_asm_elementwise(
+        _PAIR_LOOKUP,
+        _PAIR_CONSTRAINTS,
+        [packed, t0, t1, t2, t3],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def dp4a(a, b, c):
     """c + the dot product of the four signed bytes of a and of b."""
     return tl.inline_asm_elementwise(
@@ -69,3 +117,9 @@ def dp4a(a, b, c):
 def reciprocal(x):
     """1 / x of float32 to 1 ulp, in one instruction; infinite for subnormal x."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def exp2(x):
+    """2 ** x of float32 to 2 ulp, in one instruction; 0 where that is subnormal."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -1,0 +1,295 @@
+"""Many tokens on compute capability 9.0: what `grouped` does, with lookups beside products.
+
+Triton waits for a tensor-core product whose operand is in registers before it goes on. Here, in its explicit dialect
+Gluon, a program owns two blocks of weight rows (of the gate and of `up`, or two neighbours) and looks up one while the
+products of the other run.
+
+Triton's interpreter cannot run this: tests/test_kernels_triton.py compares it with its twin on a GPU.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from codequant.kernels.triton import epilogue, ptx
+from codequant.kernels.triton.layout import TritonWeight
+
+SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
+
+_activate = gluon.jit(epilogue.activate.fn)
+_biased_entries = gluon.jit(ptx.biased_entries.fn)
+_lookup_bytes = gluon.jit(ptx.lookup_bytes.fn)
+_lookup_pairs = gluon.jit(ptx.lookup_pairs.fn)
+
+
+def serves(weight: TritonWeight) -> bool:
+    """Rows of one group that are two or more steps of whole copies: the compiler fails on a loop of one step."""
+    columns = 2 * SHORTEST_STEP
+    return weight.groups == 1 and weight.in_features % columns == 0 and weight.in_features > columns
+
+
+def step_bytes(row_bytes: int, most: int) -> int:
+    """`most`, if a row of so many bytes is two or more of these, else SHORTEST_STEP."""
+    return most if row_bytes % most == 0 and row_bytes > most else SHORTEST_STEP
+
+
+@gluon.jit
+def _tables(table, row, FLOAT: gl.constexpr):
+    """Four registers [BN, 1] of each row's table."""
+    p = table + row * 4
+    t0, t1, t2, t3 = gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3)
+    if FLOAT:
+        t0, t1, t2, t3 = _biased_entries(t0), _biased_entries(t1), _biased_entries(t2), _biased_entries(t3)
+    return gl.expand_dims(t0, 1), gl.expand_dims(t1, 1), gl.expand_dims(t2, 1), gl.expand_dims(t3, 1)
+
+
+@gluon.jit
+def _copy_weights(first, second, first_smem, second_smem, slot, k):
+    async_copy.async_copy_global_to_shared(first_smem.index(slot), first + k)
+    async_copy.async_copy_global_to_shared(second_smem.index(slot), second + k)
+
+
+@gluon.jit
+def _copy_activations(
+    x, x0, x1, x2, x3, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr
+):  # fmt: skip
+    """The runs of float16, the two runs of int8, or those of two planes."""
+    async_copy.async_copy_global_to_shared(x0.index(slot), x + k)
+    async_copy.async_copy_global_to_shared(x1.index(slot), x + (k + RUN))
+    if FLOAT:
+        async_copy.async_copy_global_to_shared(x2.index(slot), x + (k + 2 * RUN))
+        async_copy.async_copy_global_to_shared(x3.index(slot), x + (k + 3 * RUN))
+    elif PLANES == 2:
+        async_copy.async_copy_global_to_shared(x2.index(slot), x + (plane + k))
+        async_copy.async_copy_global_to_shared(x3.index(slot), x + (plane + k + RUN))
+
+
+@gluon.jit
+def _multiply(
+    acc, low, packed, t0, t1, t2, t3, x0, x1, x2, x3, slot, PLANES: gl.constexpr, FLOAT: gl.constexpr
+):  # fmt: skip
+    """Looks packed weights up and starts their products with the activations of a step: 2 * PLANES or 4 of them."""
+    if FLOAT:
+        w0, w1, w2, w3 = _lookup_pairs(packed, t0, t1, t2, t3)
+    else:
+        w0, w1 = _lookup_bytes(packed, t0, t1, t2, t3)
+    acc = warpgroup_mma(w0, x0.index(slot).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(w1, x1.index(slot).permute((1, 0)), acc, is_async=True)
+    if FLOAT:
+        acc = warpgroup_mma(w2, x2.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(w3, x3.index(slot).permute((1, 0)), acc, is_async=True)
+    elif PLANES == 2:
+        low = warpgroup_mma(w0, x2.index(slot).permute((1, 0)), low, is_async=True)
+        low = warpgroup_mma(w1, x3.index(slot).permute((1, 0)), low, is_async=True)
+    return acc, low
+
+
+@gluon.jit
+def _finish(
+    high, low, scale, zero, share, step, row_sum, bias, row, PLANES: gl.constexpr, HAS_BIAS: gl.constexpr
+):  # fmt: skip
+    """Accumulators [BN, BM] -> float32 results times the tokens' shares, which scale and zero [1, BM] contain."""
+    y = high.to(gl.float32)
+    if PLANES == 2:
+        y = y * 256.0 + low.to(gl.float32)
+    y = (y * gl.expand_dims(gl.load(step + row), 1)) * scale + gl.expand_dims(gl.load(row_sum + row), 1) * zero
+    if HAS_BIAS:
+        y += gl.expand_dims(gl.load(bias + row).to(gl.float32), 1) * share
+    return y
+
+
+@gluon.jit
+def _block(
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end, plane, N,
+    TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Two blocks of BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
+    WARPS: gl.constexpr = gl.num_warps()
+    ITEM: gl.constexpr = 2 if FLOAT else 1
+    RUN: gl.constexpr = P // (2 * ITEM)  # elements of a packed row, and columns of a run of x
+    STEPS: gl.constexpr = RUN // BK
+    BYTES: gl.constexpr = BK * ITEM
+    PENDING: gl.constexpr = 4 if FLOAT else 2 * PLANES  # products that `_multiply` starts
+
+    X_TYPE: gl.constexpr = gl.float16 if FLOAT else gl.int8
+    W_TYPE: gl.constexpr = gl.uint16 if FLOAT else gl.uint8
+    SUM_TYPE: gl.constexpr = gl.float32 if FLOAT else gl.int32
+    OUT_TYPE: gl.constexpr = out.dtype.element_ty
+    # Copies of 16 bytes per thread, without bank conflicts where they are read.
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // BYTES, BYTES // 16], [WARPS, 1], [1, 0])
+    W_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16 // ITEM, 128 // BYTES, BYTES // 16, [1, 0])
+    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(BYTES, 8 * ITEM, 2)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 // ITEM])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 // ITEM)
+    TOKEN: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    LIST: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    OUT_SHARED: gl.constexpr = gl.NVMMASharedLayout(128, OUT_TYPE.primitive_bitwidth, 2, transposed=True)
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+
+    if GATED:
+        base = e.to(gl.int64) * (2 * N)
+        first_row = row_block * BN
+        second_row = first_row + N
+        last_second = 2 * N - 1
+    else:
+        base = e.to(gl.int64) * N
+        first_row = row_block * (2 * BN)
+        second_row = first_row + BN
+        last_second = N - 1
+
+    x_row = gl.minimum(start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY)), end - 1)
+    if GATHER:
+        x_row = gl.load(pair + x_row) // TOP_K
+    k = gl.expand_dims(gl.arange(0, BK, layout=gl.SliceLayout(0, COPY)), 0)
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, COPY))
+    x_from = x + gl.expand_dims(x_row.to(gl.int64), 1) * P + k
+    first_from = packed + gl.expand_dims(base + gl.minimum(first_row + r, N - 1), 1) * RUN + k
+    second_from = packed + gl.expand_dims(base + gl.minimum(second_row + r, last_second), 1) * RUN + k
+
+    first_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
+    second_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
+    x0 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    x1 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    x2 = x0
+    x3 = x1
+    if FLOAT or PLANES == 2:
+        x2 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+        x3 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+
+    for s in gl.static_range(STAGES - 1):
+        if s < STEPS:
+            _copy_weights(first_from, second_from, first_smem, second_smem, s, s * BK)
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND))
+    t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
+    u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
+    if PDL:  # all of the above is older than the kernel before this one, the quantization
+        gdc_wait()
+        gdc_launch_dependents()
+    for s in gl.static_range(STAGES - 1):
+        if s < STEPS:
+            _copy_activations(x_from, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+        async_copy.commit_group()
+
+    # What the results need of each token goes through shared memory: every thread holds results of many tokens.
+    token = gl.minimum(start + gl.arange(0, BM, layout=TOKEN), end - 1)
+    x_row = token
+    out_row = token
+    if GATHER or SCATTER:
+        p = gl.load(pair + token)
+        if GATHER:
+            x_row = p // TOP_K
+        if SCATTER:
+            out_row = p
+    scale = gl.load(x_scale + x_row)
+    zero = gl.load(x_zero + x_row)
+    if SCATTER:
+        share = gl.load(pair_weight + p).to(gl.float32)
+        scale *= share
+        zero *= share
+        share_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, share)
+    scale_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, scale)
+    zero_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, zero)
+    out_row_smem = gl.allocate_shared_memory(gl.int32, [BM], LIST, out_row)
+
+    first = gl.zeros([BN, BM], SUM_TYPE, SUMS)
+    first_low = gl.zeros([BN, BM], SUM_TYPE, SUMS)
+    second = warpgroup_mma_init(gl.zeros([BN, BM], SUM_TYPE, SUMS))
+    second_low = gl.zeros([BN, BM], SUM_TYPE, SUMS)
+    if PLANES == 2:
+        second_low = warpgroup_mma_init(second_low)
+    slot = 0
+    for i in range(STEPS):
+        async_copy.wait_group(STAGES - 2)
+        w = first_smem.index(slot).load(OPERAND)
+        v = second_smem.index(slot).load(OPERAND)
+        first, first_low = _multiply(first, first_low, w, t0, t1, t2, t3, x0, x1, x2, x3, slot, PLANES, FLOAT)
+        second, second_low = warpgroup_mma_wait(PENDING, deps=[second, second_low])  # of the step before
+        second, second_low = _multiply(second, second_low, v, u0, u1, u2, u3, x0, x1, x2, x3, slot, PLANES, FLOAT)
+        first, first_low = warpgroup_mma_wait(PENDING, deps=[first, first_low])
+        if i + STAGES - 1 < STEPS:  # into the slot of the step before, whose last products have been waited for
+            before = (slot + STAGES - 1) % STAGES
+            ahead = (i + STAGES - 1) * BK
+            _copy_weights(first_from, second_from, first_smem, second_smem, before, ahead)
+            _copy_activations(x_from, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
+        async_copy.commit_group()
+        slot = (slot + 1) % STAGES
+    second, second_low = warpgroup_mma_wait(0, deps=[second, second_low])
+
+    scale = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, SUMS)), 0)
+    zero = gl.expand_dims(zero_smem.load(gl.SliceLayout(0, SUMS)), 0)
+    share = 1.0
+    if SCATTER and HAS_BIAS:
+        share = gl.expand_dims(share_smem.load(gl.SliceLayout(0, SUMS)), 0)
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS))
+    row = base + gl.minimum(first_row + r, N - 1)
+    y = _finish(first, first_low, scale, zero, share, step, row_sum, bias, row, PLANES, HAS_BIAS)
+    y = _activate(y, ACTIVATION)
+    row = base + gl.minimum(second_row + r, last_second)
+    z = _finish(second, second_low, scale, zero, share, step, row_sum, bias, row, PLANES, HAS_BIAS)
+    if GATED:
+        y *= z
+    else:
+        z = _activate(z, ACTIVATION)
+
+    # Through shared memory once more, for neighbours of a row of `out` to be written together.
+    n = first_row + gl.expand_dims(gl.arange(0, BN, layout=gl.SliceLayout(1, OUT)), 1)
+    inside = gl.expand_dims(start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT)) < end, 0)
+    target = out + gl.expand_dims(out_row_smem.load(gl.SliceLayout(0, OUT)).to(gl.int64), 0) * N + n
+    out_smem = gl.allocate_shared_memory(OUT_TYPE, [BN, BM], OUT_SHARED, y.to(OUT_TYPE))
+    gl.store(target, out_smem.load(OUT), mask=inside & (n < N))
+    if not GATED:
+        out_smem.store(z.to(OUT_TYPE))
+        gl.store(target + BN, out_smem.load(OUT), mask=inside & (n + BN < N))
+
+
+@gluon.jit
+def kernel(
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
+    pair, block_expert, block_start, block_end, tokens, plane, N, E,
+    TOP_K: gl.constexpr, P: gl.constexpr, ROUTED: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPAN: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """As `grouped._grouped`. Grid (blocks of rows, blocks of tokens); SPAN blocks of tokens share rows at a time."""
+    place = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    first_block = place // (SPAN * gl.num_programs(0)) * SPAN
+    span = gl.minimum(gl.num_programs(1) - first_block, SPAN)
+    within = place - first_block * gl.num_programs(0)
+    block = first_block + within % span
+    row_block = within // span
+    if ROUTED:
+        e = gl.load(block_expert + block)
+        start = gl.load(block_start + block)
+        stop = gl.load(block_end + block)
+        if e >= E:
+            return
+    else:
+        e = gl.to_tensor(0)
+        start = block * BM
+        stop = gl.minimum(start + BM, tokens)
+    # An expert's last block, often its only one, may be short: it then takes a half or a quarter of the products.
+    if BM >= 32 and stop - start <= BM // 4:
+        _block(
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
+            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 4, BN, BK, STAGES,
+            PDL,
+        )  # fmt: skip
+    elif stop - start <= BM // 2:
+        _block(
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
+            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 2, BN, BK, STAGES,
+            PDL,
+        )  # fmt: skip
+    else:
+        _block(
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
+            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES, PDL,
+        )  # fmt: skip
