@@ -7,6 +7,7 @@ routings, so that weights come from memory and not from the last call's cache.
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,6 +79,21 @@ def dequantized(weight: PackedWeight) -> Tensor:
     for e, target in enumerate(out):
         target.copy_(unpack(PackedWeight(weight.packed[e], weight.codebook[e], weight.step[e], weight.in_features)))
     return out
+
+
+def exactly(function: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
+    """The same with 16-bit activations as they are."""
+
+    def run(call: Call) -> Tensor:
+        before = dict(os.environ)
+        os.environ["CODEQUANT_A16"] = "exact"
+        try:
+            return function(call)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    return run
 
 
 def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -246,13 +262,16 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
         reference.codebook_experts(first.x.float(), first.index, first.weights, e) for e in (layer.experts, unquantized)
     )
     what = f"{name}, {T} tokens"
+
+    def a16(call: Call) -> Tensor:
+        return backend.experts(call.x, call.index, call.weights, layer.a16)
+
     results = {
         "codequant-a8": checked_times(
             f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
         ),
-        "codequant-a16": checked_times(
-            f"codequant-a16, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a16), calls, exact
-        ),
+        "codequant-a16": checked_times(f"codequant-a16, {what}", a16, calls, exact),
+        "codequant-a16-exact": checked_times(f"codequant-a16-exact, {what}", exactly(a16), calls, exact),
         "transformers": checked_times(
             f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact
         ),

@@ -2,11 +2,11 @@
 
 layout      the kernels' weight layout          ptx         byte permutations and int8 dot products
 activation  the forms of activations            routing     pairs sorted by expert, on the device
-decode      a few tokens, on dp4a               grouped     many tokens, on tensor cores
-combine     sum over a token's experts          overlapped  the same, for compute capability 9.0
-dense       very many tokens, one matrix        dispatch    measured block sizes per GPU generation
-ops         all of it as PyTorch operators      clustering  exact 1-D k-means
-error_feedback  sweeps and refits of weight quantization
+single      one token, in two launches          decode      a few tokens, on dp4a
+grouped     many tokens, on tensor cores        overlapped  the same, for compute capability 9.0
+combine     sum over a token's experts          dense       very many tokens, one matrix
+dispatch    measured sizes per GPU generation   ops         all of it as PyTorch operators
+clustering  exact 1-D k-means                   error_feedback  sweeps and refits of weight quantization
 """
 
 from dataclasses import dataclass, replace

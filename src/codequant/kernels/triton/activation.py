@@ -103,7 +103,7 @@ def power_of_two_step(peak):
 
 
 @triton.jit
-def _extremes(lo, hi, other_lo, other_hi):
+def extremes(lo, hi, other_lo, other_hi):
     return tl.minimum(lo, other_lo), tl.maximum(hi, other_hi)
 
 
@@ -142,7 +142,7 @@ def _quantize(
         LEVELS: tl.constexpr = 2**BITS - 1
         SHIFT: tl.constexpr = 2 ** (BITS - 1)
         ends = (tl.where(valid, value, float("inf")), tl.where(valid, value, float("-inf")))
-        lo, hi = tl.reduce(ends, 0, _extremes)
+        lo, hi = tl.reduce(ends, 0, extremes)
         lo, step, inverse = affine_range(lo, hi, clip, LEVELS)
         origin = lo + SHIFT * step
         high = tl.where(valid, affine_level(value, lo, inverse, LEVELS) - SHIFT, 0)

@@ -25,7 +25,7 @@ def _table(table, index):
 
 
 @triton.jit
-def _row_parameters(table, step, row_sum, bias, row, G: tl.constexpr, HAS_BIAS: tl.constexpr):
+def row_parameters(table, step, row_sum, bias, row, G: tl.constexpr, HAS_BIAS: tl.constexpr):
     """(tables [SLOTS, BN, 1], steps, sums, biases) of rows [SLOTS, BN]; tables and steps for one group per row."""
     if G == 1:
         own_table = _table(table, row[:, :, None])
@@ -67,7 +67,7 @@ def _accumulate(
 
 
 @triton.jit
-def _finish(high, mid, low, scale, zero, parameters, PLANES: tl.constexpr):
+def finish(high, mid, low, scale, zero, parameters, PLANES: tl.constexpr):
     """Accumulators [SLOTS, BN, BW], one for each plane -> float32 results [SLOTS, BN]."""
     _, step, row_sum, bias = parameters
     y = tl.sum(high, 2).to(tl.float32)
@@ -146,9 +146,9 @@ def _decode(
     if GATED:
         up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
     # One way to memory for all that a program needs: a second one at its end would cost as much again.
-    gate_rows = _row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
+    gate_rows = row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
     if GATED:
-        up_rows = _row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
+        up_rows = row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
     if REDUCE:
         share = tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)
     if PDL:
@@ -199,9 +199,9 @@ def _decode(
 
     scale = tl.load(x_scale + x_row, mask=live, other=0.0)
     zero = tl.load(x_zero + x_row, mask=live, other=0.0)
-    y = activate(_finish(gate, gate_mid, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
+    y = activate(finish(gate, gate_mid, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
     if GATED:
-        y *= _finish(up, up_mid, up_low, scale, zero, up_rows, PLANES)
+        y *= finish(up, up_mid, up_low, scale, zero, up_rows, PLANES)
     if REDUCE:
         y = y * share[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)  # [BN]

@@ -23,6 +23,16 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class SingleConfig:
+    """For one token whose programs quantize it themselves: a multiprocessor holds two."""
+
+    rows: int  # weight rows per tile
+    words: int  # 32-bit weight words per row and step, at most
+    warps: int
+    registers: int  # per thread at most, so that two programs share a multiprocessor
+
+
+@dataclass(frozen=True)
 class Tile:
     """One step of a matrix product on tensor cores."""
 
@@ -69,11 +79,27 @@ class Generation:
     decode_down_tokens: DecodeConfig  # for several
     decode_down_few: DecodeConfig  # where the experts of a token are one or two
     grouped: dict[Form, tuple[GroupedConfig, ...]]  # ascending density
+    single_up: SingleConfig
+    single_down: SingleConfig
+    single_down_long: SingleConfig  # for rows of more than 1024 columns
     decode_linear: dict[Form, DecodeConfig]
     linear: dict[Form, tuple[LinearConfig, ...]]  # ascending results
     fixed_density: float  # tokens per expert up to which 16-bit activations are fixed point, unless they must be exact
     dense_tokens: int  # from which on a matrix is dequantized for 16-bit activations, unless they must be exact
     pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
+    multiprocessors: int = 2  # the interpreter has none
+
+    def takes_single_up(self, form: Form, top_k: int, rows: int, words: int, groups: int) -> bool:
+        """Whether `single_up` runs one token with so many intermediate rows: it keeps its tiles' tables in registers,
+        and `single_down` its weights."""
+        tiles = top_k * -(-rows // self.single_up.rows)
+        return tiles <= SINGLE_TILES * 2 * self.multiprocessors and self.takes_single_down(form, words, groups)
+
+    def takes_single_down(self, form: Form, words: int, groups: int) -> bool:
+        return form <= Form.FIXED16 and words <= SINGLE_WORDS and groups == 1
+
+    def pick_single_down(self, columns: int) -> SingleConfig:
+        return self.single_down if columns <= 1024 else self.single_down_long
 
     def pick_decode_down(self, tokens: int, top_k: int) -> DecodeConfig:
         if top_k <= 2:
@@ -99,6 +125,7 @@ class Generation:
 
 
 WIDE = 4096
+SINGLE_WORDS, SINGLE_TILES = 256, 4  # of a row, and per program: what fits in its registers
 DECODED_TOKENS = 2  # of a single matrix: up to so many, the decode kernel runs it
 
 
@@ -193,6 +220,9 @@ AMPERE = Generation(
     decode_down_tokens=DecodeConfig(16, 32, 8),
     decode_down_few=DecodeConfig(2, 256, 4),
     grouped={Form.LEVELS: _LEVELS, Form.FIXED16: _FIXED16, Form.FLOAT16: _FLOAT16},
+    single_up=SingleConfig(8, 128, 8, 128),
+    single_down=SingleConfig(8, 32, 8, 128),
+    single_down_long=SingleConfig(8, 16, 8, 128),
     decode_linear={
         Form.LEVELS: DecodeConfig(8, 128, 4),
         Form.FIXED16: DecodeConfig(8, 64, 4),
@@ -216,5 +246,8 @@ BLACKWELL = replace(AMPERE, pdl_rows=HOPPER.pdl_rows)  # without the instruction
 @cache
 def generation(device: torch.device) -> Generation:
     """By compute capability; below 9, and in the interpreter, as Ampere."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    return AMPERE if major < 9 else HOPPER if major == 9 else BLACKWELL
+    if device.type != "cuda":
+        return AMPERE
+    properties = torch.cuda.get_device_properties(device)
+    chip = AMPERE if properties.major < 9 else HOPPER if properties.major == 9 else BLACKWELL
+    return replace(chip, multiprocessors=properties.multi_processor_count)

@@ -20,6 +20,7 @@ from codequant.kernels.triton.grouped import grouped
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
 from codequant.kernels.triton.routing import route as launch_route
+from codequant.kernels.triton.single import single_down, single_up
 
 
 def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
@@ -88,7 +89,13 @@ def expert_up(
     pdl = pairs <= chip.pdl_rows
     config = chip.pick(layer_bits, tokens, pairs, experts)
     if config is None:
-        q = quantize(x, w.groups, activation_bits, clip, decode_form(activation_bits), pdl)
+        form, rows = decode_form(activation_bits), w.out_features // 2 if gated else w.out_features
+        if tokens == 1 and chip.takes_single_up(form, top_k, rows, w.words.shape[2], w.groups):
+            programs = 2 * chip.multiprocessors
+            return single_up(
+                x, w, bias, expert, gated, activation, activation_bits, clip, programs, chip.single_up, pdl
+            )  # fmt: skip
+        q = quantize(x, w.groups, activation_bits, clip, form, pdl)
         return decode(q, w, bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up, pdl)
     q = quantize(x, w.groups, activation_bits, clip, chip.form(activation_bits, pairs / experts), pdl, overlap="before")
     tile = config.pick_up(in_features)
@@ -123,9 +130,11 @@ def expert_down(
     pdl = pairs <= chip.pdl_rows
     config = chip.pick(layer_bits, tokens, pairs, experts)
     form = decode_form(activation_bits) if config is None else chip.form(activation_bits, pairs / experts)
-    q = quantize(
-        hidden, w.groups, activation_bits, clip, form, pdl, overlap="after"
-    )  # `expert_up` waited for the lists
+    if tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
+        single = chip.pick_single_down(in_features)
+        return single_down(hidden, w, bias, expert, pair_weight, activation_bits, clip, single, pdl)
+    # What comes next reads the lists before it waits: `expert_up` has waited for them.
+    q = quantize(hidden, w.groups, activation_bits, clip, form, pdl, overlap="after")
     if config is None:
         down = chip.pick_decode_down(tokens, top_k)
         return decode(q, w, bias, expert, pair_weight, top_k, False, "none", hidden.dtype, down, pdl)
