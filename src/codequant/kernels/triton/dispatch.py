@@ -8,6 +8,7 @@ form, which decides what a product costs. Measured on an H200, see docs/LOG.md.
 import os
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 
@@ -152,36 +153,44 @@ def _uniform(density: float, tokens: int, up: Tile, down: Tile) -> GroupedConfig
     return GroupedConfig(density, tokens, up, down, up, down)
 
 
-_T = Tile
 _LEVELS = (
-    GroupedConfig(16, 16, _T(64, 128, 4, 4), _T(64, 128, 4, 3, 96), _T(64, 128, 4, 4), _T(64, 128, 4, 3)),
-    _uniform(48, 64, _T(64, 128, 4, 3), _T(128, 128, 4, 3)),
-    GroupedConfig(128, 128, _T(64, 64, 4, 4), _T(64, 64, 4, 3, 128), _T(64, 64, 4, 4), _T(128, 64, 4, 3)),
-    GroupedConfig(_HUGE, 128, _T(64, 64, 4, 3), _T(64, 64, 4, 3, 128), _T(64, 64, 4, 3), _T(128, 64, 4, 3)),
+    GroupedConfig(16, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)),
+    _uniform(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3)),
+    GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 4), Tile(128, 64, 4, 3)),
+    GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)),
 )
 _FIXED16 = (
-    GroupedConfig(16, 16, _T(64, 128, 4, 3), _T(64, 128, 4, 3), _T(64, 128, 4, 3), _T(64, 256, 4, 3)),
-    _uniform(48, 64, _T(64, 64, 4, 4), _T(64, 128, 4, 3)),
-    GroupedConfig(_HUGE, 64, _T(64, 64, 4, 3), _T(128, 64, 4, 3), _T(64, 64, 4, 3), _T(64, 128, 4, 3)),
+    GroupedConfig(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 256, 4, 3)),
+    _uniform(48, 64, Tile(64, 64, 4, 4), Tile(64, 128, 4, 3)),
+    GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 4, 3)),
 )
 _FLOAT16 = (
-    _uniform(16, 16, _T(64, 128, 4, 3), _T(64, 128, 4, 3)),
-    _uniform(_HUGE, 64, _T(64, 64, 4, 3), _T(64, 64, 4, 3)),
+    _uniform(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
+    _uniform(_HUGE, 64, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
 )
 
-_O = partial(Tile, overlap=True)
+_overlap = partial(Tile, overlap=True)
 _LEVELS_90 = (
-    replace(_LEVELS[0], down=_O(64, 64, 4, 4, 128)),
+    replace(_LEVELS[0], down=_overlap(64, 64, 4, 4, 128)),
     _LEVELS[1],
-    _uniform(72, 64, _O(64, 128, 4, 3), _O(64, 64, 4, 4)),
-    replace(_uniform(_HUGE, 128, _O(64, 64, 4, 3), _O(64, 64, 4, 3)), wide_up=_O(128, 128, 8, 3, span=16)),
+    _uniform(72, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4)),
+    replace(
+        _uniform(_HUGE, 128, _overlap(64, 64, 4, 3), _overlap(64, 64, 4, 3)), wide_up=_overlap(128, 128, 8, 3, span=16)
+    ),
 )
-_FIXED16_90 = (replace(_FIXED16[0], down=_O(64, 64, 4, 4)), _FIXED16[1])
+_FIXED16_90 = (replace(_FIXED16[0], down=_overlap(64, 64, 4, 4)), _FIXED16[1])
 _FLOAT16_90 = (
-    _uniform(16, 16, _O(64, 128, 4, 4), _O(64, 64, 4, 4)),
-    _uniform(48, 32, _O(64, 64, 4, 4), _O(64, 64, 4, 4)),
-    _uniform(72, 64, _O(64, 64, 4, 3, 168), _O(64, 64, 4, 3, 168)),
-    GroupedConfig(_HUGE, 128, _O(128, 64, 8, 3), _O(128, 64, 8, 3), _O(128, 64, 8, 4, span=16), _O(128, 64, 8, 4)),
+    _uniform(16, 16, _overlap(64, 128, 4, 4), _overlap(64, 64, 4, 4)),
+    _uniform(48, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
+    _uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)),
+    GroupedConfig(
+        _HUGE,
+        128,
+        _overlap(128, 64, 8, 3),
+        _overlap(128, 64, 8, 3),
+        _overlap(128, 64, 8, 4, span=16),
+        _overlap(128, 64, 8, 4),
+    ),
 )
 
 _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
@@ -206,11 +215,11 @@ _LINEAR: dict[Form, tuple[LinearConfig, ...]] = {
     ),
 }
 _LINEAR_90 = {
-    Form.LEVELS: (*_LINEAR[Form.LEVELS][:-1], LinearConfig(_HUGE, 128, _O(64, 64, 4, 3, span=8))),
+    Form.LEVELS: (*_LINEAR[Form.LEVELS][:-1], LinearConfig(_HUGE, 128, _overlap(64, 64, 4, 3, span=8))),
     Form.FIXED16: _LINEAR[Form.FIXED16],
     Form.FLOAT16: (
         *_LINEAR[Form.FLOAT16][:-1], LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
-        LinearConfig(_HUGE, 128, _O(128, 64, 8, 3)),
+        LinearConfig(_HUGE, 128, _overlap(128, 64, 8, 3)),
     ),
 }  # fmt: skip
 
@@ -240,7 +249,16 @@ HOPPER = replace(
     fixed_density=48,
     pdl_rows=2048,
 )
-BLACKWELL = replace(AMPERE, pdl_rows=HOPPER.pdl_rows)  # without the instructions of `overlapped`
+NEWER = replace(AMPERE, pdl_rows=HOPPER.pdl_rows)  # without the instructions, or the dialect, of `overlapped`
+
+
+def _has_gluon() -> bool:
+    """Triton's explicit dialect is experimental: another version may lack what `overlapped` imports."""
+    try:
+        import_module("codequant.kernels.triton.overlapped")
+    except ImportError:
+        return False
+    return True
 
 
 @cache
@@ -249,5 +267,5 @@ def generation(device: torch.device) -> Generation:
     if device.type != "cuda":
         return AMPERE
     properties = torch.cuda.get_device_properties(device)
-    chip = AMPERE if properties.major < 9 else HOPPER if properties.major == 9 else BLACKWELL
+    chip = AMPERE if properties.major < 9 else HOPPER if properties.major == 9 and _has_gluon() else NEWER
     return replace(chip, multiprocessors=properties.multi_processor_count)

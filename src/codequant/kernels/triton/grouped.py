@@ -5,12 +5,13 @@ from registers, where the lookup leaves them, and BM can be as short as 16 witho
 int8 planes of activations share the decoded weights; float16 activations meet float16 weights.
 """
 
+from importlib import import_module
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from codequant.kernels.triton import overlapped
 from codequant.kernels.triton.activation import Activations
 from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.epilogue import activate
@@ -249,7 +250,8 @@ def grouped(
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
         BN=tile.rows, STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
     )  # fmt: skip
-    if tile.overlap and overlapped.serves(weight):
+    overlapped = import_module("codequant.kernels.triton.overlapped") if tile.overlap else None
+    if overlapped and overlapped.serves(weight):
         rows = tile.rows if gated else 2 * tile.rows
         BK = overlapped.step_bytes(P // 2, tile.bytes) // item
         overlapped.kernel[(triton.cdiv(N, rows), blocks)](*arguments, BK=BK, SPAN=tile.span, **constants)
