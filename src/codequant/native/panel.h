@@ -54,8 +54,8 @@ struct Segment {
   const uint8_t* header;
   const uint8_t* data;
   int64_t chunks;
-  int64_t column;      // of the first level
-  bool first_of_group;
+  int64_t column;  // of the first level
+  bool first_of_group, first_of_panel;
   float (*out)[kRows];
 };
 
@@ -85,19 +85,20 @@ struct Scales {
   using Ints = typename Vectors<count>::Ints;
   Floats step;
   Ints row_sum;
+  bool add;
 
-  ALWAYS_INLINE Scales(const Segment& segment, int first) {
+  ALWAYS_INLINE Scales(const Segment& segment, int first) : add(!segment.first_of_panel) {
     std::memcpy(&step, segment.header + kTable + first * 4, sizeof step);
     std::memcpy(&row_sum, segment.header + kTable + kRows * 4 + first * 4, sizeof row_sum);
     if (!segment.first_of_group) row_sum = Ints{};  // they count once
   }
 
-  // Adds one segment's integer sums to a token's output.
+  // Adds one segment's integer sums to a token's output, which starts at 0.
   ALWAYS_INLINE void finish(const Token& token, const int32_t* dot, float* out) const {
     Ints sum;
-    Floats total;
+    Floats total{};
     std::memcpy(&sum, dot, sizeof sum);
-    std::memcpy(&total, out, sizeof total);
+    if (add) std::memcpy(&total, out, sizeof total);
     sum -= token.zero * row_sum;
     total += step * (token.step * __builtin_convertvector(sum, Floats) +
                      token.middle * __builtin_convertvector(row_sum, Floats));
@@ -299,7 +300,6 @@ template <class V, int bits>
 void product_bits(const Matrices& m, const Panel* panels, int64_t width, const Token* tokens, int64_t count,
                   uint8_t* scratch) {
   constexpr int64_t chunk = bits == 4 ? 32 : 64, segment_chunks = kSegment / chunk;
-  for (int64_t p = 0; p < width; ++p) std::memset(panels[p].out, 0, static_cast<size_t>(count) * sizeof *panels[p].out);
   for (int64_t group = 0; group < m.groups; ++group) {
     for (int64_t c = 0; c < m.chunks(); c += segment_chunks) {
       const int64_t left = m.chunks() - c, chunks = left < segment_chunks ? left : segment_chunks;
@@ -307,7 +307,8 @@ void product_bits(const Matrices& m, const Panel* panels, int64_t width, const T
       Segment segments[kWidth];
       for (int64_t p = 0; p < width; ++p) {
         const uint8_t* header = panels[p].data + group * m.group_bytes();
-        segments[p] = {header, header + kHeader + c * m.chunk_bytes(), chunks, column, c == 0, panels[p].out};
+        const uint8_t* data = header + kHeader + c * m.chunk_bytes();
+        segments[p] = {header, data, chunks, column, c == 0, column == 0, panels[p].out};
       }
       if constexpr (V::tiles) {
         if (count > V::decode_once_above) {
@@ -364,7 +365,7 @@ int64_t micro_kernel(int64_t repeats) {
   float out[V::dense_tokens][kRows] = {};
   Token tokens[V::dense_tokens];
   for (int64_t t = 0; t < V::dense_tokens; ++t) tokens[t] = {levels + t * columns, 0.0f, 0.0f, 0};
-  const Segment segment{memory, memory, 0, 0, true, out};
+  const Segment segment{memory, memory, 0, 0, true, true, out};
   for (int64_t i = 0; i < repeats; ++i) {
     dense<V, V::dense_tokens>(segment, memory, columns, memory, 0, tokens, 0);
     __asm__ volatile("" ::"r"(memory), "r"(out) : "memory");  // someone might look: nothing may be left out
