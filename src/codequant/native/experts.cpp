@@ -128,7 +128,7 @@ struct Batch {
   // As many rows as fit of row(0), ..., row(left - 1).
   template <class F>
   void fill(const Matrices& m, const Token* all, int64_t left, F row) {
-    count = std::min(left, kMaxTokens / planes);
+    count = std::min(left, most_tokens(m) / planes);
     bool in_a_row = true;
     for (int64_t i = 0; i < count; ++i) {
       std::copy_n(all + row(i) * planes, planes, tokens + i * planes);

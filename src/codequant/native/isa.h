@@ -34,7 +34,7 @@ struct Panel {
 };
 
 constexpr int64_t kWidth = 2;        // panels of one product
-constexpr int64_t kMaxTokens = 256;  // token planes of one product: their levels stay in the second cache
+constexpr int64_t kMaxTokens = 256;  // token planes of one product
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, relu };
 
@@ -85,6 +85,12 @@ struct Isa {
 };
 
 constexpr int64_t kScratch = kSegment * kRows;
+
+// Token planes to multiply with panel after panel: their levels, of 1.25 MiB at most, stay in the second cache.
+ALWAYS_INLINE inline int64_t most_tokens(const Matrices& matrices) {
+  const int64_t fit = (5 << 18) / matrices.level_bytes() / 32 * 32;  // whole tiles
+  return fit < 32 ? 32 : fit < kMaxTokens ? fit : kMaxTokens;
+}
 
 // Readable bytes after the last token's levels: tiles take 16 tokens of 64 columns at a time.
 ALWAYS_INLINE inline int64_t tile_slack(const Matrices& matrices) { return 15 * matrices.level_bytes() + 64; }
