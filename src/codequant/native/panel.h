@@ -209,16 +209,32 @@ void decode(const Segment& segment, uint8_t* scratch) {
     const uint8_t* data = segment.data + offset;
     uint8_t* decoded = scratch + offset;
     for (int64_t c = 0; c < segment.chunks; ++c, data += chunk_bytes, decoded += chunk * kRows) {
-      if constexpr (V::tiles) prefetch<chunk_bytes, false>(data);
       decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
-        if constexpr (V::tiles) {
-          V::store_step(decoded + s * kTable, weights);
-        } else {
-          repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
-        }
+        repeat<4>([&](auto g) ALWAYS_INLINE { V::store(decoded + s * kTable + g * kRegister, weights[g]); });
       });
     }
   }
+}
+
+// Columns of a tile of weights, its bytes, and as many tiles of one panel as the first cache holds beside those of
+// another one and the levels that they meet.
+constexpr int64_t kTile = 64, kTileBytes = kTile * kRows, kBlockTiles = 8, kBlock = kBlockTiles * kTileBytes;
+
+// Looks one chunk of a segment up, in the order of tiles; nothing past the last.
+template <class V, int bits>
+ALWAYS_INLINE inline void decode_for_tiles(const Segment& segment, int64_t index, uint8_t* decoded) {
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
+  if (index >= segment.chunks) {
+    std::memset(decoded, 0, chunk * kRows);
+    return;
+  }
+  const uint8_t* data = segment.data + index * chunk_bytes;
+  typename V::Bytes table[4];
+  load_tables<V>(segment.header, table);
+  prefetch<chunk_bytes, true>(data);
+  decode_chunk<V, bits>(table, data, [&](auto s, const typename V::Bytes(&weights)[4]) ALWAYS_INLINE {
+    V::store_step(decoded + s * kTable, weights);
+  });
 }
 
 // The N tokens from `first` on times one decoded segment. On the way the memory from `ahead` on is fetched, `pace` bytes
@@ -241,34 +257,46 @@ void dense(const Segment& segment, const uint8_t* scratch, int64_t columns, cons
   }
 }
 
-// All tokens times one or two segments, decoded for tiles a block of columns at a time: the decoded blocks stay in the
-// first cache, and a tile of levels fetched from the second one meets two tiles of weights. While the first tokens are
-// multiplied, the next block is fetched: it follows in memory.
+// All tokens times one or two segments, by tiles. Up to two passes over the weights decode them on the way, a tile of
+// columns ahead: other units of the core look up while the tiles multiply. With more passes that gains nothing, and a
+// block of columns is decoded before them; while the first one multiplies, the next block is fetched, which follows in
+// memory. A block stays in the first cache, where a tile of levels fetched from the second one meets two of weights.
 template <class V, int bits>
 void dense_tiles(const Segment* segments, int64_t width, const Token* tokens, int64_t count, uint8_t* scratch) {
-  constexpr int64_t chunk = bits == 4 ? 32 : 64, chunk_bytes = chunk * kRows * bits / 8;
-  constexpr int64_t tile_columns = 64, block_chunks = 512 / chunk, pair = V::tile_tokens;
+  constexpr int64_t chunk = bits == 4 ? 32 : 64, tile_chunks = kTile / chunk, pair = V::tile_tokens;
+  constexpr int64_t half_bytes = kTileBytes * bits / 16;  // of half a tile, not decoded
   const typename V::Session session;
   const int64_t stride = count > 1 ? tokens[1].level - tokens[0].level : 0;
+  const int64_t tiles = ceil_div(segments[0].chunks, tile_chunks);
+  const int64_t block = count > pair ? kBlockTiles : tiles, ahead = count > 2 * pair ? kBlockTiles : 1;
   alignas(64) int32_t dot[kMaxTokens / pair][2][pair][kRows];
-  for (int64_t c = 0; c < segments[0].chunks; c += block_chunks) {
-    const int64_t left = segments[0].chunks - c, chunks = left < block_chunks ? left : block_chunks;
-    const int64_t columns = ceil_div(chunks * chunk, tile_columns) * tile_columns;
-    for (int64_t p = 0; p < width; ++p) {
-      uint8_t* decoded = scratch + p * columns * kRows;
-      Segment block = segments[p];
-      block.data += c * chunk_bytes;
-      block.chunks = chunks;
-      decode<V, bits>(block, decoded);
-      const int64_t used = chunks * chunk * kRows;
-      std::memset(decoded + used, 0, static_cast<size_t>(columns * kRows - used));
+  for (int64_t start = 0; start < tiles; start += block) {
+    const int64_t end = start + block < tiles ? start + block : tiles;
+    // Both for one half of a panel's tile of columns.
+    const auto decode = [&](int64_t tile, int64_t p, int64_t half) ALWAYS_INLINE {
+      if (tile >= end || p >= width || half >= tile_chunks) return;
+      uint8_t* decoded = scratch + p * kBlock + tile % kBlockTiles * kTileBytes + half * chunk * kRows;
+      decode_for_tiles<V, bits>(segments[p], tile * tile_chunks + half, decoded);
+    };
+    const auto fetch = [&](int64_t tile, int64_t p, int64_t half) ALWAYS_INLINE {
+      if (p >= width) return;
+      const uint8_t* data = segments[p].data + (2 * tile + half) * half_bytes;
+      for (int64_t i = 0; i < half_bytes; i += kLine) __builtin_prefetch(data + i, 0, 2);
+    };
+    for (int64_t tile = start; tile < start + ahead; ++tile) {
+      for (int64_t part = 0; part < 4; ++part) decode(tile, part / 2, part % 2);
     }
-    const int64_t next = (c + chunks) * chunk_bytes;
-    const uint8_t* const ahead[kWidth] = {segments[0].data + next, segments[width - 1].data + next};
     for (int64_t first = 0; first < count; first += pair) {
-      const int64_t pace = first == 0 ? tile_columns / chunk * chunk_bytes : 0;
-      V::multiply(scratch, width == 2, columns, tokens[first].level + segments[0].column + c * chunk, stride,
-                  count - first > pair / 2, c == 0, ahead, pace, dot[first / pair]);
+      const auto meanwhile = [&](int64_t tile, int64_t p, int64_t half) ALWAYS_INLINE {
+        if (first > 0) return;
+        if (ahead == 1) {
+          decode(tile + 1, p, half);
+        } else {
+          fetch(tile + ahead, p, half);
+        }
+      };
+      V::multiply(scratch, width == 2, start, end, tokens[first].level + segments[0].column, stride,
+                  count - first > pair / 2, start == 0, dot[first / pair], meanwhile);
     }
   }
   for (int64_t p = 0; p < width; ++p) {
@@ -358,7 +386,7 @@ int64_t micro_kernel(int64_t repeats) {
     const typename V::Session session;
     alignas(64) int32_t dot[kWidth][V::tile_tokens][kRows];
     for (int64_t i = 0; i < repeats; ++i) {
-      V::multiply(memory, true, columns, levels, columns, true, i == 0, {memory, memory}, 0, dot);
+      V::multiply(memory, true, 0, kBlockTiles, levels, columns, true, i == 0, dot, [](int64_t, int64_t, int64_t) {});
     }
     return 2 * repeats * columns * kWidth * kRows * V::tile_tokens;
   }
