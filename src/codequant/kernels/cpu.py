@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from codequant import native
@@ -194,17 +195,15 @@ def _given(x: Tensor, dtypes: dict[torch.dtype, int]) -> tuple[Tensor, int]:
     return x.contiguous(), code
 
 
-def _check_input(x: Tensor, columns: int) -> None:
-    if x.dtype not in FLOATS or x.shape[-1] != columns:
+def _checked(x: Tensor, columns: int) -> tuple[Tensor, int]:
+    """An input, contiguous, and its dtype's code."""
+    code = FLOATS.get(x.dtype)
+    if code is None or x.shape[-1] != columns:
         raise InputError(
             f"x: {x.dtype} {list(x.shape)}, expected float32, bfloat16 or float16 [..., {columns}]; "
             "CODEQUANT_BACKEND=reference computes in float64 too"
         )
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("codequant's native kernels could not allocate their workspace")
+    return x.contiguous(), code
 
 
 def _linear(
@@ -218,30 +217,27 @@ def _linear(
 ) -> Tensor:
     """x [T, I] -> [S, O]: slot s of the S = expert.numel() (or T) is a product of x[s // (S / T)] with the matrix
     expert[s] (or 0) of the stack, plus bias [count, O]; 0 where there is no such expert."""
-    _check_input(x, matrices.columns)
-    x, x_dtype = _given(x, FLOATS)
+    x, x_dtype = _checked(x, matrices.columns)
     expert, expert_dtype = (None, 0) if expert is None else _given(expert, INTEGERS)
     bias = None if bias is None else bias.float().contiguous()
     tokens = len(x)
     slots = tokens if expert is None else expert.numel()
     y = torch.empty(slots, matrices.rows, dtype=dtype)
     if slots:
-        _check(
-            _library().codequant_linear(
-                matrices,
-                tokens,
-                slots // tokens,
-                x.data_ptr(),
-                x_dtype,
-                None if expert is None else expert.data_ptr(),
-                expert_dtype,
-                None if bias is None else bias.data_ptr(),
-                bits,
-                clip,
-                torch.get_num_threads(),
-                y.data_ptr(),
-                FLOATS[dtype],
-            )
+        native.module.linear(
+            ctypes.addressof(matrices),
+            tokens,
+            slots // tokens,
+            x.data_ptr(),
+            x_dtype,
+            None if expert is None else expert.data_ptr(),
+            expert_dtype,
+            None if bias is None else bias.data_ptr(),
+            bits,
+            clip,
+            torch.get_num_threads(),
+            y.data_ptr(),
+            FLOATS[dtype],
         )
     return y
 
@@ -249,10 +245,10 @@ def _linear(
 class Layer(NamedTuple):
     """One layer's experts for the library."""
 
-    arguments: native.Experts
+    address: int  # of a native.Experts
     columns: int
     rows: int
-    tensors: tuple[Any, ...]  # that `arguments` points into
+    memory: tuple[Any, ...]  # that and what it points into
 
 
 def _layer(
@@ -274,7 +270,8 @@ def _layer(
     pointers = ctypes.pointer(first), ctypes.pointer(second)
     transform, matrices = _transform(second.columns) if hadamard else (native.Transform(), [])
     arguments = native.Experts(*pointers, *biases, has_gate, activation, *bits, *clip, transform)
-    return Layer(arguments, first.columns, second.rows, (gate_up, down, gate_up_bias, down_bias, *matrices))
+    memory = arguments, gate_up, down, gate_up_bias, down_bias, *matrices
+    return Layer(ctypes.addressof(arguments), first.columns, second.rows, memory)
 
 
 def _transform(columns: int) -> tuple[native.Transform, list[Tensor]]:
@@ -291,29 +288,23 @@ def _transform(columns: int) -> tuple[native.Transform, list[Tensor]]:
 
 def _experts(x: Tensor, index: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     """x [T, I], index and weight [T, k] -> [T, O] in x's dtype."""
-    arguments, columns, rows, _ = layer
-    _check_input(x, columns)
-    (x, x_dtype), (index, index_dtype), (weight, weight_dtype) = (
-        _given(x, FLOATS),
-        _given(index, INTEGERS),
-        _given(weight, FLOATS),
-    )
+    address, columns, rows, _ = layer
+    x, x_dtype = _checked(x, columns)
+    (index, index_dtype), (weight, weight_dtype) = _given(index, INTEGERS), _given(weight, FLOATS)
     tokens, share = index.shape
     y = torch.empty(tokens, rows, dtype=x.dtype)
-    _check(
-        _library().codequant_experts(
-            arguments,
-            tokens,
-            share,
-            x.data_ptr(),
-            x_dtype,
-            index.data_ptr(),
-            index_dtype,
-            weight.data_ptr(),
-            weight_dtype,
-            torch.get_num_threads(),
-            y.data_ptr(),
-        )
+    native.module.experts(
+        address,
+        tokens,
+        share,
+        x.data_ptr(),
+        x_dtype,
+        index.data_ptr(),
+        index_dtype,
+        weight.data_ptr(),
+        weight_dtype,
+        torch.get_num_threads(),
+        y.data_ptr(),
     )
     return y
 
@@ -377,7 +368,7 @@ def _experts_operator(x: Tensor, index: Tensor, weight: Tensor, *operands: Any) 
 def _product(
     x: Tensor, expert: Tensor | None, panels: Panels, bias: Tensor | None, bits: int, clip: float, dtype: torch.dtype
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.codequant_cpu.linear(x, expert, panels.data, panels.shape, bias, bits, clip, dtype)
     return _linear(x, expert, panels.matrices, bias, bits, clip, dtype)
 
@@ -396,11 +387,11 @@ def _project(x: Tensor, expert: Tensor, weight: Panels | Tensor, bias: Tensor | 
 
 
 def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: PreparedExperts) -> Tensor:
-    w = prepared.weights
     if prepared.fused:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return torch.ops.codequant_cpu.experts(x, top_k_index, top_k_weights, *prepared.operands())
         return _experts(x, top_k_index, top_k_weights, prepared.layer)
+    w = prepared.weights
     hidden = w.apply_gate(_project(x, top_k_index, prepared.gate_up, w.gate_up_bias, w.input_bits, w.input_clip))
     if w.down_transform is not None:
         hidden = w.down_transform(hidden)

@@ -1,14 +1,22 @@
-"""The native library, if it was built: `library()` is a ctypes handle or None. Everything in it is `extern "C"`; the
-argument types are declared here, and their meaning where the functions are (experts.cpp, repack.cpp, dispatch.cpp,
-yardsticks.cpp)."""
+"""The native library, if it was built: `module` is its module of Python or None, and `library()` a ctypes handle of the
+same file or None. Everything in it is `extern "C"`, its meaning said where the functions are (experts.cpp, repack.cpp,
+dispatch.cpp, yardsticks.cpp). What a token calls hundreds of times is in the module, which says why; the argument types
+of the rest are declared here."""
 
 import ctypes
 import os
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
+from typing import Any
 
 from codequant.errors import InputError
+
+module: Any
+try:
+    module = import_module("codequant._native")
+except ModuleNotFoundError:  # installed without a compiler
+    module = None
 
 
 class Matrices(ctypes.Structure):
@@ -50,8 +58,6 @@ class Experts(ctypes.Structure):
 
 _MATRICES = POINTER(Matrices)
 _FORMAT = [POINTER(c_void_p), c_int64, c_void_p, c_void_p]  # packed, part_rows, codebook, step
-_TENSOR = [c_void_p, c_int64]  # data and dtype
-_INPUT = [c_int64, c_int64, *_TENSOR, *_TENSOR]  # tokens, share, x, expert
 _SIGNATURES = {
     "codequant_isa": (c_char_p, [c_int64]),
     "codequant_use_isa": (c_int, [c_char_p]),
@@ -61,18 +67,15 @@ _SIGNATURES = {
     "codequant_advise_huge_pages": (None, [c_void_p, c_int64]),
     "codequant_to_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
     "codequant_from_panels": (None, [_MATRICES, *_FORMAT, c_int64]),
-    "codequant_linear": (c_int, [_MATRICES, *_INPUT, c_void_p, c_int64, c_float, c_int64, *_TENSOR]),
-    "codequant_experts": (c_int, [POINTER(Experts), *_INPUT, *_TENSOR, c_int64, c_void_p]),
 }
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """ctypes handle of the compiled kernels, or None where the package was installed without a compiler."""
-    spec = find_spec("codequant._native")
-    if spec is None or spec.origin is None:
+    if module is None:
         return None
-    handle = ctypes.CDLL(spec.origin)
+    handle = ctypes.CDLL(module.__file__)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(handle, name)
         function.restype, function.argtypes = result, arguments
