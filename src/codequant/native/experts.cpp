@@ -180,6 +180,15 @@ void add_bias(float (*out)[kRows], int64_t count, const float* bias, int64_t row
   }
 }
 
+// Copies the results of a panel for one token. Without a call where all rows are true ones, as in all but the last panel.
+void put(const float (&out)[kRows], int64_t rows, float* to) {
+  if (rows == kRows) {
+    std::memcpy(to, out, sizeof out);
+  } else {
+    std::copy_n(out, rows, to);
+  }
+}
+
 // The slots (token, choice) of one expert: order[first .. first + count) of its Route.
 struct Group {
   int64_t expert, first, count;
@@ -252,7 +261,7 @@ void linear(const Matrices& m, Values x, int64_t tokens, int64_t share, Values e
           const int64_t rows = std::min(kRows, m.rows - p * kRows);
           if (bias != nullptr) add_bias(out, batch.count, bias + group.expert * m.rows + p * kRows, rows);
           float* column = results + (p - start) * kRows;
-          for (int64_t i = 0; i < batch.count; ++i) std::copy_n(out[i], kRows, column + i * width);
+          for (int64_t i = 0; i < batch.count; ++i) put(out[i], kRows, column + i * width);
         });
         const int64_t rows = std::min(stop * kRows, m.rows) - start * kRows;
         for (int64_t i = 0; i < batch.count; ++i) {
@@ -297,7 +306,7 @@ void gate_and_up(const Experts& e, const Route& routed, const Token* token, int6
         float(*gate)[kRows] = batch.out[0];
         isa().activate(e.activation, gate[0], e.has_gate ? batch.out[1][0] : nullptr, batch.count * kRows);
         for (int64_t i = 0; i < batch.count; ++i) {
-          std::copy_n(gate[i], rows, hidden + (group.first + done + i) * m.rows + p * kRows);
+          put(gate[i], rows, hidden + (group.first + done + i) * m.rows + p * kRows);
         }
       }
     }
