@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
-from codequant.bench import triton_bf16
+from codequant.bench import results, triton_bf16
 from codequant.errors import InputError
 from codequant.kernels import reference
 from codequant.kernels import triton as backend
@@ -29,6 +29,7 @@ from codequant.kernels.reference import ExpertWeights
 from codequant.kernels.triton import TritonExperts
 from codequant.kernels.triton.dispatch import generation
 from codequant.packing import PackedWeight, unpack
+from codequant.store import write_atomically
 
 
 @dataclass(frozen=True)
@@ -160,19 +161,17 @@ def measured_ceilings() -> tuple[float, float]:
     return 4 * a.numel() / read * 1e6, 2 * 8192**3 / product * 1e6
 
 
-def run(shapes: Sequence[str] = tuple(SHAPES), tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
-    """One row per implementation, shape and number of tokens; experts first, then single matrices."""
-    rows = []
+def run(shapes: Sequence[str], tokens: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """One row per implementation, for a shape and a number of tokens at a time; experts first, then single matrices."""
     ceilings = measured_ceilings()
     for name in shapes:
         layer = random_layer(SHAPES[name])
         for T in tokens:
-            rows += _run_experts(name, layer, T, ceilings)
+            yield _run_experts(name, layer, T, ceilings)
         del layer
         torch.cuda.empty_cache()
     for name, (O, I) in LINEAR.items():
-        rows += _run_linear(name, O, I, ceilings)
-    return rows
+        yield _run_linear(name, O, I, ceilings)
 
 
 def _row(
@@ -183,11 +182,12 @@ def _row(
     median = statistics.median(times)
     bandwidth, flops = ceilings
     row = {
-        "benchmark": "gpu", "implementation": label, "shape": shape, "tokens": tokens, "threads": "",
-        "median_us": median, "p10_us": times[len(times) // 10], "p90_us": times[len(times) * 9 // 10],
-        "gb_per_s": bytes_read / median / 1e3, "bandwidth_share": bytes_read / median * 1e6 / bandwidth,
-        "compute_share": work / median * 1e6 / flops, "ratio_to": "best bf16", "ratio": best / median,
-        "relative_error": error, "device": torch.cuda.get_device_name(),
+        "implementation": label, "shape": shape, "tokens": tokens, "threads": "", "median_us": round(median, 2),
+        "p10_us": round(times[len(times) // 10], 2), "p90_us": round(times[len(times) * 9 // 10], 2),
+        "gb_per_s": round(bytes_read / median / 1e3, 1),
+        "bandwidth_share": round(bytes_read / median * 1e6 / bandwidth, 4),
+        "compute_share": round(work / median * 1e6 / flops, 4), "ratio_to": "best bf16",
+        "ratio": round(best / median, 3), "relative_error": error, "device": torch.cuda.get_device_name(),
         "isa": "sm{}{}".format(*torch.cuda.get_device_capability()), "torch": torch.__version__,
     }  # fmt: skip
     print(
@@ -332,12 +332,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="CSV file to append to")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise InputError("bench gpu: no CUDA device, expected one")
-    rows = run(options.shape, options.tokens)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=1))
+    rows: list[dict[str, Any]] = []
+    for measured in run(options.shape, options.tokens):  # minutes in all: what is measured is kept at once
+        rows += measured
+        results.append("gpu", measured, torch.cuda.get_device_name(), path=options.results)
+        if options.json:
+            write_atomically(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

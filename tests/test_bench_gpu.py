@@ -1,0 +1,38 @@
+"""What needs no GPU of `codequant bench gpu`; its measurements check their own results."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
+
+from codequant.bench import gpu
+from codequant.errors import InputError
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(shapes, tokens):
+        for T in tokens:
+            if T == 32:
+                raise KeyboardInterrupt
+            yield [{"implementation": "codequant-a8", "shape": shapes[0], "tokens": T, "median_us": 1.5, "isa": "sm90"}]
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    rows, table = tmp_path / "rows.json", tmp_path / "results.csv"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--shape", "mixtral", "--tokens", "1,8,32", "--json", str(rows), "--results", str(table)])
+    assert [row["tokens"] for row in json.loads(rows.read_text())["rows"]] == [1, 8]
+    found = list(csv.DictReader(table.open()))
+    assert [(row["benchmark"], row["tokens"], row["device"], row["isa"]) for row in found] == [
+        ("gpu", "1", "a GPU", "sm90"), ("gpu", "8", "a GPU", "sm90"),
+    ]  # fmt: skip
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device, expected one"):
+        gpu.main([])
