@@ -11,21 +11,31 @@ the tensor-core kernels at small batches; so the two shifts by 16 are dot produc
 import triton
 import triton.language as tl
 
-# $word in, $first and $second out: the entries of the low and the high 16 bits' four indices.
-_LOOKUP = """{
+_ENTRIES = """prmt.b32 a, $t0, $t1, low;
+prmt.b32 b, $t2, $t3, low;
+prmt.b32 {}, a, b, top;
+"""
+# As float16: byte b beside 0x64 is 1024 + b, and b is 128 more than the entry.
+_OFFSET = """.reg .b32 offset;
+mov.b32 offset, 0x64806480;
+"""
+_FLOAT_ENTRIES = f"""{_ENTRIES.format("a")}prmt.b32 b, a, 0x64646464, 0x4140;
+sub.f16x2 {{}}, b, offset;
+prmt.b32 b, a, 0x64646464, 0x4342;
+sub.f16x2 {{}}, b, offset;
+"""
+
+
+def _lookup(half: str, first: list[str], second: list[str], constants: str = "") -> str:
+    """`half` for the four indices in the low 16 bits of $word, with results `first`, and for those in the high ones."""
+    return f"""{{
 .reg .b32 low, top, a, b;
-and.b32 low, $word, 0x77777777;
+{constants}and.b32 low, $word, 0x77777777;
 shr.u32 top, $word, 1;
 lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;
-prmt.b32 a, $t0, $t1, low;
-prmt.b32 b, $t2, $t3, low;
-prmt.b32 $first, a, b, top;
-dp2a.hi.u32.u32 low, low, 0x01000000, 0;
+{half.format(*first)}dp2a.hi.u32.u32 low, low, 0x01000000, 0;
 dp2a.hi.u32.u32 top, top, 0x01000000, 0;
-prmt.b32 a, $t0, $t1, low;
-prmt.b32 b, $t2, $t3, low;
-prmt.b32 $second, a, b, top;
-}"""
+{half.format(*second)}}}"""
 
 
 def _operands(asm: str, **registers: int) -> str:
@@ -34,38 +44,15 @@ def _operands(asm: str, **registers: int) -> str:
     return asm
 
 
-# The same as float16: byte b beside 0x64 is 1024 + b, and b is 128 more than the entry.
-_FLOAT_LOOKUP = """{
-.reg .b32 low, top, a, b, offset;
-mov.b32 offset, 0x64806480;
-and.b32 low, $word, 0x77777777;
-shr.u32 top, $word, 1;
-lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;
-prmt.b32 a, $t0, $t1, low;
-prmt.b32 b, $t2, $t3, low;
-prmt.b32 a, a, b, top;
-prmt.b32 b, a, 0x64646464, 0x4140;
-sub.f16x2 $o0, b, offset;
-prmt.b32 b, a, 0x64646464, 0x4342;
-sub.f16x2 $o1, b, offset;
-dp2a.hi.u32.u32 low, low, 0x01000000, 0;
-dp2a.hi.u32.u32 top, top, 0x01000000, 0;
-prmt.b32 a, $t0, $t1, low;
-prmt.b32 b, $t2, $t3, low;
-prmt.b32 a, a, b, top;
-prmt.b32 b, a, 0x64646464, 0x4140;
-sub.f16x2 $o2, b, offset;
-prmt.b32 b, a, 0x64646464, 0x4342;
-sub.f16x2 $o3, b, offset;
-}"""
+_LOOKUP = _lookup(_ENTRIES, ["$0"], ["$1"])
+_FLOAT_LOOKUP = _lookup(_FLOAT_ENTRIES, ["$0", "$1"], ["$2", "$3"], _OFFSET)
 
-_WORD_LOOKUP = tl.constexpr(_operands(_LOOKUP, first=0, second=1, word=2, t0=3, t1=4, t2=5, t3=6))
+_WORD_LOOKUP = tl.constexpr(_operands(_LOOKUP, word=2, t0=3, t1=4, t2=5, t3=6))
 _WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
 # With pack=4 a register holds four bytes of `packed`, and each table operand arrives four times, in equal registers.
-_BYTE_LOOKUP = tl.constexpr(_operands(_LOOKUP, first=0, second=1, word=2, t0=3, t1=7, t2=11, t3=15))
+_BYTE_LOOKUP = tl.constexpr(_operands(_LOOKUP, word=2, t0=3, t1=7, t2=11, t3=15))
 _BYTE_CONSTRAINTS = tl.constexpr("=&r,=&r," + ",".join("r" * 17))
-
-_PAIR_LOOKUP = tl.constexpr(_operands(_FLOAT_LOOKUP, o0=0, o1=1, o2=2, o3=3, word=4, t0=5, t1=7, t2=9, t3=11))
+_PAIR_LOOKUP = tl.constexpr(_operands(_FLOAT_LOOKUP, word=4, t0=5, t1=7, t2=9, t3=11))
 _PAIR_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r," + ",".join("r" * 9))
 
 
