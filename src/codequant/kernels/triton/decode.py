@@ -67,6 +67,19 @@ def _accumulate(
 
 
 @triton.jit
+def _multiply(
+    gate, up, x, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
+    GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Accumulators += the products of this chunk of weights with one plane of the activations."""
+    first, second = _activations(x, x_at, live, word, WORDS, WORDS_PER_GROUP)
+    gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
+    if GATED:
+        up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
+    return gate, up
+
+
+@triton.jit
 def finish(high, mid, low, scale, zero, parameters, PLANES: tl.constexpr):
     """Accumulators [SLOTS, BN, BW], one for each plane -> float32 results [SLOTS, BN]."""
     _, step, row_sum, bias = parameters
@@ -143,10 +156,12 @@ def _decode(
     c = tl.arange(0, BW)
     ahead = live[:, None, None] & (c < WORDS)[None, None, :]
     gate_next = tl.load(weight + c[None, None, :], mask=ahead, other=0)
+    up_next = gate_next
     if GATED:
         up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
     # One way to memory for all that a program needs: a second one at its end would cost as much again.
     gate_rows = row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
+    up_rows = gate_rows
     if GATED:
         up_rows = row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
     if REDUCE:
@@ -166,36 +181,27 @@ def _decode(
     for i in tl.static_range(CHUNKS):
         word = i * BW + c
         gate_words = gate_next
-        if GATED:
-            up_words = up_next
+        up_words = up_next
         if i + 1 < CHUNKS:  # the next chunk travels while this one is multiplied
             ahead = live[:, None, None] & (word + BW < WORDS)[None, None, :]
             gate_next = tl.load(weight + (word + BW)[None, None, :], mask=ahead, other=0)
             if GATED:
                 up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
 
-        first, second = _activations(x, x_at, live, word, WORDS, WORDS_PER_GROUP)
-        gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
-        if GATED:
-            up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
+        gate, up = _multiply(
+            gate, up, x, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
+            GATED, G, WORDS, WORDS_PER_GROUP,
+        )  # fmt: skip
         if PLANES >= 2:
-            first, second = _activations(x + plane, x_at, live, word, WORDS, WORDS_PER_GROUP)
-            gate_mid = _accumulate(
-                gate_mid, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP
-            )
-            if GATED:
-                up_mid = _accumulate(
-                    up_mid, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP
-                )
+            gate_mid, up_mid = _multiply(
+                gate_mid, up_mid, x + plane, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step,
+                row, N, GATED, G, WORDS, WORDS_PER_GROUP,
+            )  # fmt: skip
         if PLANES == 3:
-            first, second = _activations(x + 2 * plane, x_at, live, word, WORDS, WORDS_PER_GROUP)
-            gate_low = _accumulate(
-                gate_low, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP
-            )
-            if GATED:
-                up_low = _accumulate(
-                    up_low, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP
-                )
+            gate_low, up_low = _multiply(
+                gate_low, up_low, x + 2 * plane, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table,
+                step, row, N, GATED, G, WORDS, WORDS_PER_GROUP,
+            )  # fmt: skip
 
     scale = tl.load(x_scale + x_row, mask=live, other=0.0)
     zero = tl.load(x_zero + x_row, mask=live, other=0.0)
