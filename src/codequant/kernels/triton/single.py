@@ -139,6 +139,26 @@ def _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS: tl.con
 
 
 @triton.jit
+def _own_activations(
+    pieces, q, q_words, q_scale, clip, row, live,
+    S: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, CLIPPED: tl.constexpr,
+    CHUNKS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """`_pieces` of rows `row`, the first so many -> their (halves, those of the low plane, scale, zero), by way of this
+    program's place in memory."""
+    ROWS: tl.constexpr = row.shape[0]
+    PLANES: tl.constexpr = 2 if BITS == 16 else 1
+    place = tl.program_id(0).to(tl.int64) * (PLANES * ROWS * WORDS)
+    own_scale = q_scale + tl.program_id(0) * (2 * ROWS)
+    _quantize(pieces, q + place * 8, own_scale, clip, S, WORDS * 8, PIECE, BITS, CLIPPED)
+    halves = _halves(q_words + place * 2, row, live, CHUNKS, BW, WORDS)
+    halves_low = halves
+    if PLANES == 2:
+        halves_low = _halves(q_words + place * 2, row + ROWS, live, CHUNKS, BW, WORDS)
+    return halves, halves_low, tl.load(own_scale + 2 * row), tl.load(own_scale + 2 * row + 1)
+
+
+@triton.jit
 def _single_up(
     x,
     q,
@@ -201,17 +221,9 @@ def _single_up(
     if GATED:
         up_next = _words(words, rows[0] + M, live[0], CHUNKS, BW, WORDS)
 
-    own = q + tl.program_id(0).to(tl.int64) * (PLANES * WORDS * 8)
-    own_words = q_words + tl.program_id(0).to(tl.int64) * (PLANES * WORDS * 2)
-    own_scale = q_scale + tl.program_id(0) * 2
-    _quantize(pieces, own, own_scale, clip, I, WORDS * 8, PIECE, BITS, CLIPPED)
-    zeros = tl.zeros([1], tl.int32)
-    halves = _halves(own_words, zeros, one, CHUNKS, BW, WORDS)
-    halves_low = halves
-    if PLANES == 2:
-        halves_low = _halves(own_words, zeros + 1, one, CHUNKS, BW, WORDS)
-    scale = tl.load(own_scale + zeros)
-    zero = tl.load(own_scale + zeros + 1)
+    halves, halves_low, scale, zero = _own_activations(
+        pieces, q, q_words, q_scale, clip, tl.zeros([1], tl.int32), one, I, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
+    )
     for i in tl.static_range(STEPS):
         gate = gate_next
         if GATED:
@@ -271,16 +283,9 @@ def _single_down(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    own = q + tl.program_id(0).to(tl.int64) * (PLANES * SLOTS * WORDS * 8)
-    own_words = q_words + tl.program_id(0).to(tl.int64) * (PLANES * SLOTS * WORDS * 2)
-    own_scale = q_scale + tl.program_id(0) * (2 * SLOTS)
-    _quantize(_pieces(x, live, M, PIECE), own, own_scale, clip, M, WORDS * 8, PIECE, BITS, CLIPPED)
-    halves = _halves(own_words, slot, live, CHUNKS, BW, WORDS)
-    halves_low = halves
-    if PLANES == 2:
-        halves_low = _halves(own_words, SLOTS + slot, live, CHUNKS, BW, WORDS)
-    scale = tl.load(own_scale + 2 * slot)
-    zero = tl.load(own_scale + 2 * slot + 1)
+    halves, halves_low, scale, zero = _own_activations(
+        _pieces(x, live, M, PIECE), q, q_words, q_scale, clip, slot, live, M, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
+    )
     y = _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS, PLANES) * share[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)
     tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
