@@ -17,11 +17,11 @@ from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.layout import TritonWeight, padded_group
 from codequant.kernels.triton.ptx import biased_entries, lookup_bytes, lookup_pairs
-from codequant.kernels.triton.routing import Routing, max_blocks
+from codequant.kernels.triton.routing import Routing, block_range, max_blocks
 
 
 @triton.jit
-def _tables(table, index, FLOAT: tl.constexpr):
+def tables(table, index, FLOAT: tl.constexpr):
     """Four registers [BN, 1] of each of the tables [BN], as the lookup wants them."""
     p = table + index * 4
     t0, t1, t2, t3 = tl.load(p)[:, None], tl.load(p + 1)[:, None], tl.load(p + 2)[:, None], tl.load(p + 3)[:, None]
@@ -107,9 +107,9 @@ def _block(
     gate_low = tl.zeros([BN, BM], DTYPE)
     up_low = tl.zeros([BN, BM], DTYPE)
     if G == 1:
-        t0, t1, t2, t3 = _tables(table, row, FLOAT)
+        t0, t1, t2, t3 = tables(table, row, FLOAT)
         if GATED:
-            u0, u1, u2, u3 = _tables(table, row + N, FLOAT)
+            u0, u1, u2, u3 = tables(table, row + N, FLOAT)
     if PDL:  # all of the above is older than the kernel before this one, the quantization
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -137,9 +137,9 @@ def _block(
             x2 = tl.load(column + plane, mask=x_ok, other=0)
             x3 = tl.load(column + plane + RUN, mask=x_ok, other=0)
         if G > 1:
-            t0, t1, t2, t3 = _tables(table, row * G + g, FLOAT)
+            t0, t1, t2, t3 = tables(table, row * G + g, FLOAT)
             if GATED:
-                u0, u1, u2, u3 = _tables(table, (row + N) * G + g, FLOAT)
+                u0, u1, u2, u3 = tables(table, (row + N) * G + g, FLOAT)
         gate_step = step + row * G + g
         up_step = step + (row + N) * G + g
         if FLOAT:
@@ -182,17 +182,9 @@ def _grouped(
     GATHER: position i in expert order reads x row pair[i] // TOP_K, else row i. SCATTER: it writes output row pair[i],
     multiplied by pair_weight, else row i. Not ROUTED: one matrix, position i is token i.
     """
-    block = tl.program_id(1)
-    if ROUTED:
-        e = tl.load(block_expert + block)
-        start = tl.load(block_start + block)
-        stop = tl.load(block_end + block)
-        if e >= E:
-            return
-    else:
-        e = 0
-        start = block * BM
-        stop = tokens
+    e, start, stop = block_range(tl.program_id(1), block_expert, block_start, block_end, tokens, ROUTED, BM)
+    if ROUTED and e >= E:
+        return
     # An expert's last block, often its only one, is short: half of them take half of the products.
     if stop - start <= BM // 2:
         _block(

@@ -17,15 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codequant.kernels.triton import epilogue, ptx
+from codequant.kernels.triton import epilogue, grouped, ptx, routing
 from codequant.kernels.triton.layout import TritonWeight
 
 SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
 
 _activate = gluon.jit(epilogue.activate.fn)
-_biased_entries = gluon.jit(ptx.biased_entries.fn)
+_block_range = gluon.jit(routing.block_range.fn)
 _lookup_bytes = gluon.jit(ptx.lookup_bytes.fn)
 _lookup_pairs = gluon.jit(ptx.lookup_pairs.fn)
+_tables = gluon.jit(grouped.tables.fn)
 
 
 def serves(weight: TritonWeight) -> bool:
@@ -37,16 +38,6 @@ def serves(weight: TritonWeight) -> bool:
 def step_bytes(row_bytes: int, most: int) -> int:
     """`most`, if a row of so many bytes is two or more of these, else SHORTEST_STEP."""
     return most if row_bytes % most == 0 and row_bytes > most else SHORTEST_STEP
-
-
-@gluon.jit
-def _tables(table, row, FLOAT: gl.constexpr):
-    """Four registers [BN, 1] of each row's table."""
-    p = table + row * 4
-    t0, t1, t2, t3 = gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3)
-    if FLOAT:
-        t0, t1, t2, t3 = _biased_entries(t0), _biased_entries(t1), _biased_entries(t2), _biased_entries(t3)
-    return gl.expand_dims(t0, 1), gl.expand_dims(t1, 1), gl.expand_dims(t2, 1), gl.expand_dims(t3, 1)
 
 
 @gluon.jit
@@ -135,12 +126,12 @@ def _block(
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
 
     if GATED:
-        base = e.to(gl.int64) * (2 * N)
+        base = gl.cast(e, gl.int64) * (2 * N)
         first_row = row_block * BN
         second_row = first_row + N
         last_second = 2 * N - 1
     else:
-        base = e.to(gl.int64) * N
+        base = gl.cast(e, gl.int64) * N
         first_row = row_block * (2 * BN)
         second_row = first_row + BN
         last_second = N - 1
@@ -265,16 +256,9 @@ def kernel(
     within = place - first_block * gl.num_programs(0)
     block = first_block + within % span
     row_block = within // span
-    if ROUTED:
-        e = gl.load(block_expert + block)
-        start = gl.load(block_start + block)
-        stop = gl.load(block_end + block)
-        if e >= E:
-            return
-    else:
-        e = gl.to_tensor(0)
-        start = block * BM
-        stop = gl.minimum(start + BM, tokens)
+    e, start, stop = _block_range(block, block_expert, block_start, block_end, tokens, ROUTED, BM)
+    if ROUTED and e >= E:
+        return
     # An expert's last block, often its only one, may be short: it then takes a half or a quarter of the products.
     if BM >= 32 and stop - start <= BM // 4:
         _block(

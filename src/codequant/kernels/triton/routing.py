@@ -41,6 +41,16 @@ def max_blocks(pairs: int, experts: int, block: int) -> int:
     return min(pairs, experts) + pairs // block
 
 
+@triton.jit
+def block_range(block, block_expert, block_start, block_end, tokens, ROUTED: tl.constexpr, BM: tl.constexpr):
+    """A block's expert (none from E on), first position and position after its last. Not ROUTED: one matrix, and BM
+    tokens in a row."""
+    if ROUTED:
+        return tl.load(block_expert + block), tl.load(block_start + block), tl.load(block_end + block)
+    else:
+        return 0, block * BM, tl.minimum(block * BM + BM, tokens)
+
+
 def empty_routing(expert: Tensor, experts: int) -> Routing:
     """Room for any block size; the sizes are plain functions of the shapes, as torch.compile needs them."""
     pairs = expert.numel()
