@@ -266,7 +266,7 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
     def a16(call: Call) -> Tensor:
         return backend.experts(call.x, call.index, call.weights, layer.a16)
 
-    results = {
+    measured = {
         "codequant-a8": checked_times(
             f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
         ),
@@ -284,9 +284,9 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
     hit = statistics.mean(len(c.index.unique()) for c in calls)
     weights_per_expert = 3 * shape.intermediate * shape.hidden
     work = 2 * T * shape.top_k * weights_per_expert
-    best = min(statistics.median(times) for k, (times, _) in results.items() if not k.startswith("codequant"))
+    best = min(statistics.median(times) for k, (times, _) in measured.items() if not k.startswith("codequant"))
     rows = []
-    for label, (times, error) in results.items():
+    for label, (times, error) in measured.items():
         bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
         rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
     return rows
