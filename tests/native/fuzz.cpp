@@ -8,15 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
-
-struct Experts {  // as in experts.cpp
-  const codequant::Matrices *gate_up, *down;
-  const float *gate_up_bias, *down_bias;
-  int64_t has_gate, activation, input_bits, down_bits;
-  float input_clip, down_clip;
-  codequant::Transform down_transform;
-};
+#include "experts.h"
 
 extern "C" {
 const char* codequant_isa(int64_t index);
@@ -26,12 +18,6 @@ void codequant_to_panels(const codequant::Matrices* m, uint8_t* const*, int64_t 
                          int64_t threads);
 void codequant_from_panels(const codequant::Matrices* m, uint8_t* const*, int64_t part_rows, int8_t*, float*,
                            int64_t threads);
-int codequant_linear(const codequant::Matrices* m, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
-                     const void* expert, codequant::Dtype, const float* bias, int64_t bits, float clip, int64_t threads,
-                     void* y, codequant::Dtype);
-int codequant_experts(const Experts* e, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
-                      const void* expert, codequant::Dtype, const void* weight, codequant::Dtype, int64_t threads,
-                      void* y);
 }
 
 namespace {
@@ -114,7 +100,8 @@ struct Weight {
 void one_case() {
   const int64_t bits = draw(2, 4), groups = draw(1, 4), columns = groups * draw(1, draw(0, 9) == 0 ? 3000 : 90);
   const int64_t count = draw(1, 5), rows = draw(1, 40), middle = draw(1, 40), share = draw(1, 3);
-  const int64_t tokens = draw(1, draw(0, 4) == 0 ? 150 : 15), gate = draw(0, 1), activation = draw(0, 3);
+  const int64_t tokens = draw(1, draw(0, 4) == 0 ? 150 : 15), gate = draw(0, 1);
+  const auto activation = static_cast<codequant::Activation>(draw(0, 3));
   const int64_t activation_bits[] = {4, 8, 16};
   const int64_t input_bits = activation_bits[draw(0, 2)], down_bits = activation_bits[draw(0, 2)];
   Weight first(count * (1 + gate), middle, columns, groups, bits), second(count, rows, middle, 1, bits);
@@ -138,8 +125,8 @@ void one_case() {
                      first_bias.data(), input_bits, 0.9f, threads, y.data(), dtype);
     expect(i == 0 || same(y, linear), "linear has the same bits on every instruction set");
     linear = y;
-    const Experts e{&first.m, &second.m, first_bias.data(), second_bias.data(), gate, activation, input_bits, down_bits,
-                    1.0f,     0.9f, transform};
+    const codequant::Experts e{&first.m,   &second.m, first_bias.data(), second_bias.data(), gate,
+                               activation, input_bits, down_bits, 1.0f, 0.9f, transform};
     y.assign(static_cast<size_t>(tokens * rows * size), 0xAA);
     codequant_experts(&e, tokens, share, x.data(), dtype, expert.data(), codequant::Dtype::int32, weight.data(), dtype,
                       threads, y.data());

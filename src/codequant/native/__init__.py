@@ -1,5 +1,5 @@
 """The native library, if it was built: `module` is its module of Python or None, and `library()` a ctypes handle of the
-same file or None. Everything in it is `extern "C"`, its meaning said where the functions are (experts.cpp, repack.cpp,
+same file or None. Everything in it is `extern "C"`, its meaning said where the functions are (experts.h, repack.cpp,
 dispatch.cpp, yardsticks.cpp). What a token calls hundreds of times is in the module, which says why; the argument types
 of the rest are declared here."""
 
@@ -39,7 +39,7 @@ class Transform(ctypes.Structure):
 
 
 class Experts(ctypes.Structure):
-    """`Experts` of experts.cpp."""
+    """`Experts` of experts.h."""
 
     _fields_ = [
         ("gate_up", POINTER(Matrices)),

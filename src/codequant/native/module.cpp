@@ -8,17 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "isa.h"
-
-// Of experts.cpp.
-extern "C" {
-int codequant_linear(const codequant::Matrices* m, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
-                     const void* expert, codequant::Dtype, const float* bias, int64_t bits, float clip, int64_t threads,
-                     void* y, codequant::Dtype);
-int codequant_experts(const void* experts, int64_t tokens, int64_t share, const void* x, codequant::Dtype,
-                      const void* expert, codequant::Dtype, const void* weight, codequant::Dtype, int64_t threads,
-                      void* y);
-}
+#include "experts.h"
 
 namespace {
 
@@ -67,8 +57,8 @@ PyCFunction method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t
 }
 
 PyMethodDef methods[] = {
-    {"linear", method(linear), METH_FASTCALL, "codequant_linear of experts.cpp, or MemoryError."},
-    {"experts", method(experts), METH_FASTCALL, "codequant_experts of experts.cpp, or MemoryError."},
+    {"linear", method(linear), METH_FASTCALL, "codequant_linear of experts.h, or MemoryError."},
+    {"experts", method(experts), METH_FASTCALL, "codequant_experts of experts.h, or MemoryError."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "codequant._native", "Native kernels of codequant.", 0,
