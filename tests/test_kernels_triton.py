@@ -31,6 +31,7 @@ from codequant.kernels.triton import dispatch, ops, routing
 from codequant.kernels.triton.activation import Form, quantize
 from codequant.kernels.triton.dense import dequantize
 from codequant.kernels.triton.dispatch import Tile
+from codequant.kernels.triton.launch import Launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_gpu_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -112,7 +113,7 @@ def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
     x[1] = 1.25  # a constant token has no range
     x[2] = x[2].abs()
     expected = reference.quantize_activation(x, bits, 0.9)
-    (high,), scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, Form.LEVELS, pdl=False))
+    (high,), scale, zero = (t.cpu() for t in quantize(x.to(device), 1, bits, 0.9, Form.LEVELS, pdl=Launch.PLAIN))
     shift = 2 ** (bits - 1)
     assert torch.equal(high[:, :83].int() + shift, expected.level.int())
     assert not high[:, 83:].any()
@@ -124,7 +125,7 @@ def test_levels_equal_the_twin_s(device: torch.device, bits: int) -> None:
 def test_planes_hold_a_token_in_fixed_point(device: torch.device, form: Form, range_of_planes: int) -> None:
     x = torch.randn(6, 83, generator=torch.Generator().manual_seed(1)) * 3
     x[1], x[2, 0], x[3, 5] = 0.0, 1e30, -1e-30
-    planes, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, form, pdl=False))
+    planes, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, form, pdl=Launch.PLAIN))
     value = torch.zeros_like(planes[0])
     for plane in planes:
         value = value * 256 + plane
@@ -138,7 +139,7 @@ def test_planes_hold_a_token_in_fixed_point(device: torch.device, form: Form, ra
 def test_float16_holds_bfloat16_exactly(device: torch.device) -> None:
     x = torch.randn(5, 83, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[1], x[2], x[3], x[4, 0] = 0.0, x[2] * 1e37, x[3] * 1e-35, 2.0**20
-    values, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, Form.FLOAT16, pdl=False))
+    values, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, Form.FLOAT16, pdl=Launch.PLAIN))
     order = [4 * i + 64 * half + 2 * part + j for half in (0, 1) for part in (0, 1) for i in range(16) for j in (0, 1)]
     restored = torch.empty(5, 128, dtype=torch.float64)
     restored[:, order] = values[0] * scale[:, None]
@@ -522,7 +523,7 @@ def test_overlapped_linear_equals_its_twin(device: torch.device, overlapped: int
 @pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (600, 40, 16), (1100, 3, 128)])
 def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
     expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
-    lists = routing.route(expert.to(device), E, block, pdl=False)
+    lists = routing.route(expert.to(device), E, block, pdl=Launch.PLAIN)
     pair, end, block_expert, block_start, block_end = (t.cpu().long() for t in lists.tensors)
     assert torch.equal(pair.sort().values, torch.arange(pairs))
     seen = []

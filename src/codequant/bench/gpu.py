@@ -240,7 +240,7 @@ def random_layer(shape: Shape) -> Layer:
 def best_triton_bf16(what: str, layer: Layer, calls: Sequence[Call], expected: Tensor) -> tuple[list[float], float]:
     """The fastest of the yardstick's configurations."""
     T, k = calls[0].index.shape
-    pdl = T * k <= generation(layer.down.device).pdl_rows
+    pdl = generation(layer.down.device).pdl(T * k)
     results = []
     for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
 

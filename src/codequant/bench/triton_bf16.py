@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from codequant.kernels.triton.combine import combine
+from codequant.kernels.triton.launch import Launch, follow
 from codequant.kernels.triton.routing import Routing, max_blocks, route
 
 
@@ -31,9 +32,8 @@ def _decode(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL and not REDUCE:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if not REDUCE:
+        follow(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     q = tl.program_id(1)
     slot = tl.arange(0, SLOTS)
@@ -52,9 +52,8 @@ def _decode(
         a = tl.load(at + start, mask=mask[:, None, :], other=0.0)
         if GATED:
             b = tl.load(at + N * I + start, mask=mask[:, None, :], other=0.0)
-        if PDL and REDUCE and start == 0:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        if REDUCE and start == 0:
+            follow(PDL)
         v = tl.load(x_at + start, mask=mask, other=0.0).to(tl.float32)[:, None, :]
         gate += a.to(tl.float32) * v
         if GATED:
@@ -124,9 +123,7 @@ def _grouped(
     BK: tl.constexpr, STAGES: tl.constexpr, ROWS_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """GATED: x rows are tokens, out rows in expert order. Else x rows in expert order, out rows are pairs, weighted."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     pid_n = tl.program_id(0 if ROWS_FIRST else 1)
     block = tl.program_id(1 if ROWS_FIRST else 0)
     e = tl.load(block_expert + block)
@@ -188,7 +185,7 @@ def candidates(tokens: int, pairs: int, experts: int) -> list[Config]:
 
 
 def experts(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, config: Config, pdl: bool
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, config: Config, pdl: Launch
 ) -> Tensor:
     """x [T, I] bf16, index and weights [T, k], gate_up [E, 2M, I], down [E, O, M] -> [T, O]; SiLU-gated."""
     T, k = index.shape
@@ -204,7 +201,7 @@ def experts(
             _decode[(triton.cdiv(N, tile.rows), len(target))](
                 source, index, weights, w, target, N, k, width, reduce, not reduce,
                 triton.next_power_of_2(k) if reduce else 1, tile.rows,
-                tile.columns, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
+                tile.columns, PDL=pdl.value, num_warps=tile.warps, launch_pdl=pdl > 0,
             )  # fmt: skip
         return out
     routing: Routing = route(index, E, config.tokens, pdl)
@@ -219,6 +216,6 @@ def experts(
         _grouped[(columns, blocks) if config.rows_first else (blocks, columns)](
             source, weights, w, target, *routing.blocks, N, E, source.shape[1], k, gated, tile.swap,
             config.tokens, tile.rows, tile.columns, tile.stages, config.rows_first,
-            PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
+            PDL=pdl.value, num_warps=tile.warps, launch_pdl=pdl > 0,
         )  # fmt: skip
     return combine(y, index, E, k, x.dtype, pdl)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from codequant.kernels.triton.launch import Launch, allow_next, follow, wait
 from codequant.kernels.triton.layout import padded_group
 
 
@@ -126,12 +127,11 @@ def _quantize(
     OVERLAP: tl.constexpr,
 ):
     """One token per program. Columns of the output are those of the padded groups; padding gets zeros."""
-    if PDL and OVERLAP == "after":
-        tl.extra.cuda.gdc_launch_dependents()
-    if PDL and OVERLAP != "before":
-        tl.extra.cuda.gdc_wait()
-    if PDL and OVERLAP == "none":
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP == "none":
+        follow(PDL)
+    elif OVERLAP == "after":
+        allow_next(PDL)
+        wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     source = (column // P) * S + column % P
@@ -154,9 +154,8 @@ def _quantize(
         high, mid, low = fixed_point_24(value, inverse)
     else:
         step, inverse = power_of_two_step(tl.max(tl.abs(value), 0))
-    if PDL and OVERLAP == "before":
-        tl.extra.cuda.gdc_wait()  # before the first write: the kernel before may still use what is here now
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP == "before":
+        follow(PDL)  # before the first write: the kernel before may still use what is here now
     inside = column < PADDED
     target = q + row * PADDED + column
     if FORM <= 3:
@@ -175,7 +174,7 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor, groups: int, bits: int, clip: float, form: Form, pdl: bool, overlap: str = "none"
+    x: Tensor, groups: int, bits: int, clip: float, form: Form, pdl: Launch, overlap: str = "none"
 ) -> Activations:
     """x [R, I] in the given form; bits and clip matter for Form.LEVELS.
 
@@ -190,8 +189,8 @@ def quantize(
     scale, zero = torch.empty(2, R, dtype=torch.float32, device=x.device)
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
-        x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value, PDL=pdl,
-        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl,
+        x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value, PDL=pdl.value,
+        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl > 0,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
     return Activations(values, scale, zero)

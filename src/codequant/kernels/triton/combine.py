@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from codequant.kernels.triton.launch import Launch, follow
+
 
 @triton.jit
 def _combine(y, expert, out, N, E, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -22,12 +22,12 @@ def _combine(y, expert, out, N, E, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
-def combine(y: Tensor, expert: Tensor, experts: int, top_k: int, out_dtype: torch.dtype, pdl: bool) -> Tensor:
+def combine(y: Tensor, expert: Tensor, experts: int, top_k: int, out_dtype: torch.dtype, pdl: Launch) -> Tensor:
     """y [pairs, N], already weighted, and expert [pairs] -> [tokens, N]; sums in float32, in the order of the pairs."""
     tokens, N = len(y) // top_k, y.shape[1]
     out = torch.empty(tokens, N, dtype=out_dtype, device=y.device)
     BLOCK = min(1024, triton.next_power_of_2(N))
     _combine[(triton.cdiv(N, BLOCK), tokens)](
-        y, expert, out, N, experts, top_k, BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+        y, expert, out, N, experts, top_k, BLOCK, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0
     )
     return out

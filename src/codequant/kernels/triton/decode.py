@@ -13,6 +13,7 @@ from torch import Tensor
 from codequant.kernels.triton.activation import Activations
 from codequant.kernels.triton.dispatch import DecodeConfig
 from codequant.kernels.triton.epilogue import activate
+from codequant.kernels.triton.launch import Launch, follow
 from codequant.kernels.triton.layout import TritonWeight, padded_group
 from codequant.kernels.triton.ptx import dp4a, lookup_words
 
@@ -166,9 +167,7 @@ def _decode(
         up_rows = row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
     if REDUCE:
         share = tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
 
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
     gate = tl.zeros([SLOTS, BN, BW], DTYPE)
@@ -225,7 +224,7 @@ def decode(
     activation: str,
     out_dtype: torch.dtype,
     config: DecodeConfig,
-    pdl: bool,
+    pdl: Launch,
 ) -> Tensor:
     """x in an integer form. One output row per pair of x [T, I] and expert [T, top_k] or, given pair_weight,
     x [T * top_k, I] and one output row per token. expert None: a single matrix and top_k = 1."""
@@ -244,7 +243,7 @@ def decode(
         TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,
-        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), PDL=pdl,
-        num_warps=config.warps, launch_pdl=pdl,
+        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), PDL=pdl.value,
+        num_warps=config.warps, launch_pdl=pdl > 0,
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import torch
 
 from codequant.errors import InputError
 from codequant.kernels.triton.activation import Form
+from codequant.kernels.triton.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,14 @@ class Generation:
     linear: dict[Form, tuple[LinearConfig, ...]]  # ascending results
     fixed_density: float  # tokens per expert up to which 16-bit activations are fixed point, unless they must be exact
     dense_tokens: int  # from which on a matrix is dequantized for 16-bit activations, unless they must be exact
-    pdl_rows: int  # up to so many rows, kernels use programmatic dependent launch: waiting programs occupy the GPU
+    early_rows: int  # up to so many rows, kernels start early; 0 if the GPU has no dependent launch
     multiprocessors: int = 2  # the interpreter has none
+
+    def pdl(self, rows: int) -> Launch:
+        """Of the kernels of a call with so many rows of activations."""
+        if not self.early_rows:
+            return Launch.PLAIN
+        return Launch.EARLY if rows <= self.early_rows else Launch.CHAINED
 
     def takes_single_up(self, form: Form, top_k: int, rows: int, words: int, groups: int) -> bool:
         """Whether `single_up` runs one token with so many intermediate rows: it keeps its tiles' tables in registers,
@@ -240,16 +247,16 @@ AMPERE = Generation(
     linear=_LINEAR,
     fixed_density=_HUGE,
     dense_tokens=256,
-    pdl_rows=0,
+    early_rows=0,
 )  # fmt: skip
 HOPPER = replace(
     AMPERE,
     grouped={Form.LEVELS: _LEVELS_90, Form.FIXED16: _FIXED16_90, Form.FLOAT16: _FLOAT16_90},
     linear=_LINEAR_90,
     fixed_density=48,
-    pdl_rows=2048,
+    early_rows=2048,
 )
-NEWER = replace(AMPERE, pdl_rows=HOPPER.pdl_rows)  # without the instructions, or the dialect, of `overlapped`
+NEWER = replace(AMPERE, early_rows=HOPPER.early_rows)  # without the instructions, or the dialect, of `overlapped`
 
 
 def _has_gluon() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from codequant.kernels.triton.activation import Activations
 from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.epilogue import activate
+from codequant.kernels.triton.launch import Launch, follow
 from codequant.kernels.triton.layout import TritonWeight, padded_group
 from codequant.kernels.triton.ptx import biased_entries, lookup_bytes, lookup_pairs
 from codequant.kernels.triton.routing import Routing, block_range, max_blocks
@@ -110,9 +111,7 @@ def _block(
         t0, t1, t2, t3 = tables(table, row, FLOAT)
         if GATED:
             u0, u1, u2, u3 = tables(table, row + N, FLOAT)
-    if PDL:  # all of the above is older than the kernel before this one, the quantization
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)  # all of the above is older than the kernel before this one, the quantization
     for i in tl.range(0, G * PER_GROUP, num_stages=STAGES):
         g = i // PER_GROUP
         at = (i % PER_GROUP) * BK
@@ -210,7 +209,7 @@ def grouped(
     out_dtype: torch.dtype,
     tokens: int,
     tile: Tile,
-    pdl: bool,
+    pdl: Launch,
 ) -> Tensor:
     """x in any form but FIXED24. Three uses:
 
@@ -240,7 +239,8 @@ def grouped(
     constants = dict(
         TOP_K=top_k, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
-        BN=tile.rows, STAGES=tile.stages, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
+        BN=tile.rows, STAGES=tile.stages, PDL=pdl.value, num_warps=tile.warps, maxnreg=tile.registers,
+        launch_pdl=pdl > 0,
     )  # fmt: skip
     overlapped = import_module("codequant.kernels.triton.overlapped") if tile.overlap else None
     if overlapped and overlapped.serves(weight):

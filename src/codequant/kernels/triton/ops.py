@@ -34,7 +34,7 @@ def linear(
 ) -> Tensor:
     """x [T, I] and the tensors of a TritonWeight -> [T, O] in x's dtype."""
     w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
-    tokens, pdl = len(x), len(x) <= chip.pdl_rows
+    tokens, pdl = len(x), chip.pdl(len(x))
     if tokens == 0:
         return x.new_empty(0, w.out_features)
     if activation_bits == 16 and x.itemsize == 2 and tokens >= chip.dense_tokens and not exact_a16():
@@ -60,7 +60,7 @@ def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
     config = chip.pick(layer_bits, len(expert), pairs, experts)
     if config is None:
         return empty_routing(expert, experts).tensors
-    return launch_route(expert.contiguous(), experts, config.tokens, pairs <= chip.pdl_rows).tensors
+    return launch_route(expert.contiguous(), experts, config.tokens, chip.pdl(pairs)).tensors
 
 
 @route.register_fake
@@ -86,7 +86,7 @@ def expert_up(
     w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
     expert, (tokens, top_k) = expert.contiguous(), expert.shape
     pairs, experts = expert.numel(), len(w.words)
-    pdl = pairs <= chip.pdl_rows
+    pdl = chip.pdl(pairs)
     config = chip.pick(layer_bits, tokens, pairs, experts)
     if config is None:
         form, rows = decode_form(activation_bits), w.out_features // 2 if gated else w.out_features
@@ -127,7 +127,7 @@ def expert_down(
     w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
     expert, pair_weight, (tokens, top_k) = expert.contiguous(), pair_weight.contiguous(), expert.shape
     pairs, experts = expert.numel(), len(w.words)
-    pdl = pairs <= chip.pdl_rows
+    pdl = chip.pdl(pairs)
     config = chip.pick(layer_bits, tokens, pairs, experts)
     form = decode_form(activation_bits) if config is None else chip.form(activation_bits, pairs / experts)
     if tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):

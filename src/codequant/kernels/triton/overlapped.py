@@ -15,15 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codequant.kernels.triton import epilogue, grouped, ptx, routing
+from codequant.kernels.triton import epilogue, grouped, launch, ptx, routing
 from codequant.kernels.triton.layout import TritonWeight
 
 SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
 
 _activate = gluon.jit(epilogue.activate.fn)
 _block_range = gluon.jit(routing.block_range.fn)
+_follow = gluon.jit(launch.follow.fn)
 _lookup_bytes = gluon.jit(ptx.lookup_bytes.fn)
 _lookup_pairs = gluon.jit(ptx.lookup_pairs.fn)
 _tables = gluon.jit(grouped.tables.fn)
@@ -161,9 +161,7 @@ def _block(
     r = gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND))
     t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
     u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
-    if PDL:  # all of the above is older than the kernel before this one, the quantization
-        gdc_wait()
-        gdc_launch_dependents()
+    _follow(PDL)  # all of the above is older than the kernel before this one, the quantization
     for s in gl.static_range(STAGES - 1):
         if s < STEPS:
             _copy_activations(x_from, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from codequant.kernels.triton.launch import Launch, follow
+
 CHUNK = 512  # pairs that one program sorts
 SHARE = 16  # blocks that one program lists
 MIN_BLOCK = 16  # pairs in a block: the narrowest tensor-core product
@@ -70,9 +72,7 @@ def _bins(expert, first, pairs, E, LENGTH: tl.constexpr):
 @triton.jit
 def _count(expert, counts, pairs, E, LENGTH: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
     """counts[chunk, e]: pairs of expert e in the chunk."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     chunk = tl.program_id(0)
     e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(e, BINS))
@@ -98,9 +98,7 @@ def _place(
     PDL: tl.constexpr,
 ):
     """Each program places the pairs of its chunk, if there is one, and fills its share of the block lists."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
     e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
@@ -140,7 +138,7 @@ def _place(
         tl.store(pair + target, index, mask=index < pairs)
 
 
-def route(expert: Tensor, experts: int, block: int, pdl: bool) -> Routing:
+def route(expert: Tensor, experts: int, block: int, pdl: Launch) -> Routing:
     """expert [pairs], any integer dtype -> the pairs in expert order and their blocks of `block` pairs."""
     P = expert.numel()
     blocks = max_blocks(P, experts, block)
@@ -151,9 +149,9 @@ def route(expert: Tensor, experts: int, block: int, pdl: bool) -> Routing:
     counts = routing.end  # unused where there is one chunk
     if chunks > 1:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=expert.device)
-        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl, num_warps=4, launch_pdl=pdl)
+        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl.value, num_warps=4, launch_pdl=pdl)
     _place[(max(chunks, triton.cdiv(blocks, SHARE)),)](
         expert, counts, *routing.tensors, P, experts, blocks,
-        length, bins, triton.next_power_of_2(chunks), SHARE, block, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        length, bins, triton.next_power_of_2(chunks), SHARE, block, PDL=pdl.value, num_warps=8, launch_pdl=pdl > 0,
     )  # fmt: skip
     return routing

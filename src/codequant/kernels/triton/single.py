@@ -26,6 +26,7 @@ from codequant.kernels.triton.activation import (
 from codequant.kernels.triton.decode import finish, row_parameters
 from codequant.kernels.triton.dispatch import SingleConfig
 from codequant.kernels.triton.epilogue import activate
+from codequant.kernels.triton.launch import Launch, follow
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.ptx import dp4a, lookup_words
 
@@ -192,9 +193,7 @@ def _single_up(
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
     TILES: tl.constexpr = (M + BN - 1) // BN
     PLANES: tl.constexpr = 2 if BITS == 16 else 1
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # the experts and x may be the results of the kernel before this one
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)  # the experts and x may be the results of the kernel before this one
     one = tl.zeros([1], tl.int32) == 0
     pieces = _pieces(x, one, I, PIECE)
     rows = ()
@@ -279,9 +278,7 @@ def _single_down(
     parameters = row_parameters(table, step, row_sum, bias, row, 1, HAS_BIAS)
     share = tl.load(pair_weight + slot, mask=live, other=0.0).to(tl.float32)
     chunks = _words(words, row, live[:, None] & (n < N)[None, :], CHUNKS, BW, WORDS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
 
     halves, halves_low, scale, zero = _own_activations(
         _pieces(x, live, M, PIECE), q, q_words, q_scale, clip, slot, live, M, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
@@ -309,7 +306,7 @@ def single_up(
     clip: float,
     programs: int,
     config: SingleConfig,
-    pdl: bool,
+    pdl: Launch,
 ) -> Tensor:
     """x [1, I], expert [1, top_k], one codebook group per row -> activation(gate) * up [top_k, M] where gated, else
     activation(W x); programs: how many the GPU is to hold."""
@@ -325,8 +322,8 @@ def single_up(
         bias if bias is not None else q_scale, out, clip, E,
         TOP_K=top_k, I=weight.in_features, M=M, WORDS=words, GATED=gated, ACTIVATION=activation,
         HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=triton.next_power_of_2(words * 8), STEPS=steps,
-        BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl, num_warps=config.warps,
-        launch_pdl=pdl, maxnreg=config.registers, enable_fp_fusion=False,
+        BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl.value, num_warps=config.warps,
+        launch_pdl=pdl > 0, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -340,7 +337,7 @@ def single_down(
     bits: int,
     clip: float,
     config: SingleConfig,
-    pdl: bool,
+    pdl: Launch,
 ) -> Tensor:
     """x [top_k, M] of `single_up`, expert and pair_weight [1, top_k], one codebook group per row -> [1, N]."""
     (E, N, words), (top_k, M) = weight.words.shape, x.shape
@@ -351,7 +348,7 @@ def single_down(
         x, q, q_words, q_scale, expert, pair_weight, weight.words, weight.table.view(torch.int64), weight.step,
         weight.row_sum, bias if bias is not None else q_scale, out, clip, N, E,
         TOP_K=top_k, M=M, WORDS=words, HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=PIECE,
-        SLOTS=slots, BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl,
-        num_warps=config.warps, launch_pdl=pdl, maxnreg=config.registers, enable_fp_fusion=False,
+        SLOTS=slots, BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl.value,
+        num_warps=config.warps, launch_pdl=pdl > 0, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
