@@ -20,11 +20,6 @@ def _prmt(a, b, selector):
     return result
 
 
-def _lop3(a, b, c, table):
-    assert table == 0xEA, "only (a & b) | c is used"
-    return (a & b) | c
-
-
 def _dp4a(a, b, c):
     a, b = (np.ascontiguousarray(v).view(np.int8).reshape(*v.shape, 4).astype(np.int32) for v in (a, b))
     return ((a * b).sum(-1, dtype=np.int32) + c.view(np.int32)).view(np.uint32)
@@ -44,7 +39,8 @@ INSTRUCTIONS = {
     "sub.f16x2": _sub_f16x2,
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
-    "lop3.b32": _lop3,
+    "add.u32": lambda a, b: a + b,
+    "sub.u32": lambda a, b: a - b,
     "prmt.b32": _prmt,
     "dp4a.s32.s32": _dp4a,
     "dp2a.hi.u32.u32": _dp2a_hi,

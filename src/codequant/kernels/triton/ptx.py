@@ -31,8 +31,9 @@ def _lookup(half: str, first: list[str], second: list[str], constants: str = "")
     return f"""{{
 .reg .b32 low, top, a, b;
 {constants}and.b32 low, $word, 0x77777777;
-shr.u32 top, $word, 1;
-lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;
+sub.u32 top, $word, low;
+shr.u32 top, top, 1;
+add.u32 top, top, 0x32103210;
 {half.format(*first)}dp2a.hi.u32.u32 low, low, 0x01000000, 0;
 dp2a.hi.u32.u32 top, top, 0x01000000, 0;
 {half.format(*second)}}}"""
