@@ -214,7 +214,7 @@ def experts(
         N = target.shape[1]
         columns = triton.cdiv(N, tile.rows)
         _grouped[(columns, blocks) if config.rows_first else (blocks, columns)](
-            source, weights, w, target, *routing.blocks, N, E, source.shape[1], k, gated, tile.swap,
+            source, weights, w, target, *routing.tensors, N, E, source.shape[1], k, gated, tile.swap,
             config.tokens, tile.rows, tile.columns, tile.stages, config.rows_first,
             PDL=pdl.value, num_warps=tile.warps, launch_pdl=pdl > 0,
         )  # fmt: skip

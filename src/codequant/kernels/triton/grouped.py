@@ -228,7 +228,7 @@ def grouped(
     if routing is None:
         blocks, lists = triton.cdiv(positions, tokens), [scale] * 4
     else:
-        positions, lists = len(routing.pair), routing.blocks
+        positions, lists = len(routing.pair), routing.tensors
         blocks = max_blocks(positions, E, tokens)
     out = torch.empty(positions, N, dtype=out_dtype, device=values.device)
     arguments = (

@@ -15,27 +15,22 @@ from torch import Tensor
 
 from codequant.kernels.triton.launch import Launch, follow
 
-CHUNK = 512  # pairs that one program sorts
-SHARE = 16  # blocks that one program lists
+CHUNK = 64, 256  # pairs that one program places: at least, and at most
+COUNTED = 2048  # more pairs than these are counted by a kernel before
+SHARE = 8  # blocks that one program lists
 MIN_BLOCK = 16  # pairs in a block: the narrowest tensor-core product
 
 
 @dataclass(frozen=True)
 class Routing:
     pair: Tensor  # int32 [pairs]: position in expert order -> pair
-    end: Tensor  # int32 [E]: position after the expert's last pair
     block_expert: Tensor  # int32 [blocks]: E where there is no such block
     block_start: Tensor  # int32 [blocks]: position of its first pair
     block_end: Tensor  # int32 [blocks]: position after its last pair
 
     @property
-    def blocks(self) -> list[Tensor]:
-        """What a matrix kernel reads."""
-        return [self.pair, self.block_expert, self.block_start, self.block_end]
-
-    @property
     def tensors(self) -> list[Tensor]:
-        return [self.pair, self.end, self.block_expert, self.block_start, self.block_end]
+        return [self.pair, self.block_expert, self.block_start, self.block_end]
 
 
 def max_blocks(pairs: int, experts: int, block: int) -> int:
@@ -57,7 +52,7 @@ def empty_routing(expert: Tensor, experts: int) -> Routing:
     """Room for any block size; the sizes are plain functions of the shapes, as torch.compile needs them."""
     pairs = expert.numel()
     blocks = experts + pairs // MIN_BLOCK
-    sizes = (pairs, experts, blocks, blocks, blocks)
+    sizes = (pairs, blocks, blocks, blocks)
     return Routing(*(torch.empty(size, dtype=torch.int32, device=expert.device) for size in sizes))
 
 
@@ -83,75 +78,70 @@ def _place(
     expert,
     counts,
     pair,
-    end,
     block_expert,
     block_start,
     block_end,
     pairs,
     E,
     blocks,
+    chunks,
     LENGTH: tl.constexpr,
+    ALL: tl.constexpr,
     BINS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    COUNTED: tl.constexpr,
     SHARE: tl.constexpr,
     BM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each program places the pairs of its chunk, if there is one, and fills its share of the block lists."""
+    """Each of the first programs places the pairs of a chunk, each of the others lists SHARE blocks. ALL is at least
+    the number of pairs or, where they have been COUNTED, of chunks."""
     follow(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    e = _bins(expert, chunk * LENGTH, pairs, E, LENGTH)
-    if CHUNKS == 1:
-        total = tl.histogram(_bins(expert, 0, pairs, E, LENGTH), BINS)
-        own = total  # of the only program that has a chunk
-        before = tl.zeros([BINS], tl.int32)
-    else:
-        own = tl.histogram(e, BINS)
-        rows = tl.arange(0, CHUNKS)
-        in_use = rows * LENGTH < pairs
-        table = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=in_use[:, None], other=0)
+    each = tl.arange(0, ALL)
+    if COUNTED:
+        table = tl.load(counts + each[:, None] * BINS + bins[None, :], mask=(each < chunks)[:, None], other=0)
         total = tl.sum(table, 0)
-        before = tl.sum(tl.where((rows < chunk)[:, None], table, 0), 0)
-
+        before = tl.sum(tl.where((each < chunk)[:, None], table, 0), 0)
+    else:
+        every = _bins(expert, 0, pairs, E, ALL)
+        total = tl.histogram(every, BINS)
+        before = tl.histogram(every, BINS, mask=each < chunk * LENGTH)
     start = tl.cumsum(total, 0) - total  # [BINS]
-    if chunk == 0:
-        tl.store(end + bins, start + total, mask=bins < E)
-    # This program's share of the blocks.
-    cut = tl.where(bins < E, (total + BM - 1) // BM, 0)
-    cut_end = tl.cumsum(cut, 0)
-    b = chunk * SHARE + tl.arange(0, SHARE)
-    of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [SHARE], BINS past the last block
-    here = (bins[None, :] == of[:, None]).to(tl.int32)
-    at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
-    last = tl.sum(here * (start + total)[None, :], 1)
-    tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
-    tl.store(block_start + b, at, mask=b < blocks)
-    tl.store(block_end + b, tl.minimum(at + BM, last), mask=b < blocks)
-    if chunk * LENGTH < pairs:
-        # A chunk sorted by (expert, position) holds each expert's pairs side by side, from own_start[e] on.
-        own_start = tl.cumsum(own, 0) - own
-        key = tl.sort(e * LENGTH + tl.arange(0, LENGTH))
-        e = key // LENGTH
-        target = tl.gather(start + before - own_start, e, 0) + tl.arange(0, LENGTH)
-        index = chunk * LENGTH + key % LENGTH
-        tl.store(pair + target, index, mask=index < pairs)
+    if chunk < chunks:
+        first = chunk * LENGTH
+        e = _bins(expert, first, pairs, E, LENGTH)
+        i = tl.arange(0, LENGTH)
+        rank = tl.sum(((e[:, None] == e[None, :]) & (i[:, None] < i[None, :])).to(tl.int32), 0)
+        tl.store(pair + tl.gather(start + before, e, 0) + rank, first + i, mask=first + i < pairs)
+    else:
+        cut = tl.where(bins < E, (total + BM - 1) // BM, 0)
+        cut_end = tl.cumsum(cut, 0)
+        b = (chunk - chunks) * SHARE + tl.arange(0, SHARE)
+        of = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)  # [SHARE], BINS past the last block
+        here = (bins[None, :] == of[:, None]).to(tl.int32)
+        at = tl.sum(here * (start - (cut_end - cut) * BM)[None, :], 1) + b * BM
+        last = tl.sum(here * (start + total)[None, :], 1)
+        tl.store(block_expert + b, tl.minimum(of, E), mask=b < blocks)
+        tl.store(block_start + b, at, mask=b < blocks)
+        tl.store(block_end + b, tl.minimum(at + BM, last), mask=b < blocks)
 
 
 def route(expert: Tensor, experts: int, block: int, pdl: Launch) -> Routing:
     """expert [pairs], any integer dtype -> the pairs in expert order and their blocks of `block` pairs."""
     P = expert.numel()
     blocks = max_blocks(P, experts, block)
-    length = min(CHUNK, max(16, triton.next_power_of_2(P)))
-    chunks = triton.cdiv(P, length)
-    bins = triton.next_power_of_2(experts + 1)
-    routing = empty_routing(expert, experts)
-    counts = routing.end  # unused where there is one chunk
-    if chunks > 1:
+    some, most = CHUNK
+    length = max(some, min(most, triton.next_power_of_2(P) // 16))
+    chunks, bins = triton.cdiv(P, length), triton.next_power_of_2(experts + 1)
+    routing, counted = empty_routing(expert, experts), P > COUNTED
+    counts = routing.pair
+    if counted:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=expert.device)
         _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl.value, num_warps=4, launch_pdl=pdl)
-    _place[(max(chunks, triton.cdiv(blocks, SHARE)),)](
-        expert, counts, *routing.tensors, P, experts, blocks,
-        length, bins, triton.next_power_of_2(chunks), SHARE, block, PDL=pdl.value, num_warps=8, launch_pdl=pdl > 0,
+    _place[(chunks + triton.cdiv(blocks, SHARE),)](
+        expert, counts, *routing.tensors, P, experts, blocks, chunks,
+        LENGTH=length, ALL=triton.next_power_of_2(chunks if counted else P), BINS=bins, COUNTED=counted, SHARE=SHARE,
+        BM=block, PDL=pdl.value, num_warps=8, launch_pdl=pdl > 0,
     )  # fmt: skip
     return routing
