@@ -10,15 +10,17 @@ from codequant.kernels.triton.launch import Launch, follow
 
 @triton.jit
 def _combine(y, expert, out, N, E, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    experts = ()
+    for slot in tl.static_range(TOP_K):  # older than the kernel before this one, which waited for them
+        experts += (tl.load(expert + token * TOP_K + slot),)
+    follow(PDL)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        pair = token * TOP_K + slot
-        e = tl.load(expert + pair)
-        routed = (e >= 0) & (e < E)  # the rows of other pairs hold nothing
-        total += tl.load(y + pair * N + n, mask=(n < N) & routed, other=0.0).to(tl.float32)
+        routed = (experts[slot] >= 0) & (experts[slot] < E)  # the rows of other pairs hold nothing
+        source = y + (token * TOP_K + slot) * N + n
+        total += tl.load(source, mask=(n < N) & routed, other=0.0).to(tl.float32)
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 

@@ -42,11 +42,21 @@ def row_parameters(table, step, row_sum, bias, row, G: tl.constexpr, HAS_BIAS: t
 
 
 @triton.jit
-def _activations(x, x_at, live, word, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr):
+def load_words(pointer, word, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """int32 at `pointer`, for words `word` of a row of WORDS; zero past its end. EVEN: all steps are full, and nothing
+    is masked, for a mask costs an instruction per two words that makes the zero."""
+    if EVEN:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=word < WORDS, other=0)
+
+
+@triton.jit
+def _activations(x, x_at, word, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, EVEN: tl.constexpr):
     """What meets the two halves of each weight word: int32 [SLOTS, BW] each."""
     at = x_at[:, None] + (word + word // WORDS_PER_GROUP * WORDS_PER_GROUP)[None, :]  # a group's second half is next
-    mask = live[:, None] & (word < WORDS)[None, :]
-    return tl.load(x + at, mask=mask, other=0), tl.load(x + at + WORDS_PER_GROUP, mask=mask, other=0)
+    first = load_words(x + at, word[None, :], WORDS, EVEN)
+    return first, load_words(x + at + WORDS_PER_GROUP, word[None, :], WORDS, EVEN)
 
 
 @triton.jit
@@ -69,11 +79,11 @@ def _accumulate(
 
 @triton.jit
 def _multiply(
-    gate, up, x, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
-    GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr,
+    gate, up, x, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
+    GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Accumulators += the products of this chunk of weights with one plane of the activations."""
-    first, second = _activations(x, x_at, live, word, WORDS, WORDS_PER_GROUP)
+    first, second = _activations(x, x_at, word, WORDS, WORDS_PER_GROUP, EVEN)
     gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
     if GATED:
         up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
@@ -131,19 +141,21 @@ def _decode(
     """
     WORDS: tl.constexpr = G * WORDS_PER_GROUP
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
+    EVEN: tl.constexpr = WORDS % BW == 0
     q = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     slot = tl.arange(0, SLOTS)
+    # Slots past the last repeat it, and pairs without an expert read the first one's rows: the sum leaves both out.
     if REDUCE:
         live = slot < TOP_K
-        pair = q * TOP_K + slot
+        pair = q * TOP_K + tl.minimum(slot, TOP_K - 1)
         x_row = pair
     else:
         live = slot < 1
         pair = q + slot
         x_row = pair // TOP_K
     if ROUTED:  # older than the kernel before this one, which waited for it
-        e = tl.load(expert + pair, mask=live, other=E)
+        e = tl.load(expert + pair)
         live = live & (e >= 0) & (e < E)
         e = tl.where(live, e, 0).to(tl.int64)
     else:
@@ -154,19 +166,18 @@ def _decode(
     else:
         row = e[:, None] * N + n_safe[None, :]
     weight = words + row[:, :, None] * WORDS
-    c = tl.arange(0, BW)
-    ahead = live[:, None, None] & (c < WORDS)[None, None, :]
-    gate_next = tl.load(weight + c[None, None, :], mask=ahead, other=0)
+    c = tl.arange(0, BW)[None, None, :]
+    gate_next = load_words(weight + c, c, WORDS, EVEN)
     up_next = gate_next
     if GATED:
-        up_next = tl.load(weight + N * WORDS + c[None, None, :], mask=ahead, other=0)
+        up_next = load_words(weight + N * WORDS + c, c, WORDS, EVEN)
     # One way to memory for all that a program needs: a second one at its end would cost as much again.
     gate_rows = row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
     up_rows = gate_rows
     if GATED:
         up_rows = row_parameters(table, step, row_sum, bias, row + N, G, HAS_BIAS)
     if REDUCE:
-        share = tl.load(pair_weight + pair, mask=live, other=0.0).to(tl.float32)
+        share = tl.load(pair_weight + pair).to(tl.float32)
     follow(PDL)
 
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
@@ -178,32 +189,32 @@ def _decode(
     up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
     x_at = x_row.to(tl.int64) * (2 * WORDS)
     for i in tl.static_range(CHUNKS):
-        word = i * BW + c
+        word = i * BW + tl.arange(0, BW)
         gate_words = gate_next
         up_words = up_next
         if i + 1 < CHUNKS:  # the next chunk travels while this one is multiplied
-            ahead = live[:, None, None] & (word + BW < WORDS)[None, None, :]
-            gate_next = tl.load(weight + (word + BW)[None, None, :], mask=ahead, other=0)
+            ahead = c + (i + 1) * BW
+            gate_next = load_words(weight + ahead, ahead, WORDS, EVEN)
             if GATED:
-                up_next = tl.load(weight + N * WORDS + (word + BW)[None, None, :], mask=ahead, other=0)
+                up_next = load_words(weight + N * WORDS + ahead, ahead, WORDS, EVEN)
 
         gate, up = _multiply(
-            gate, up, x, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
-            GATED, G, WORDS, WORDS_PER_GROUP,
+            gate, up, x, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
+            GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
         )  # fmt: skip
         if PLANES >= 2:
             gate_mid, up_mid = _multiply(
-                gate_mid, up_mid, x + plane, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table, step,
-                row, N, GATED, G, WORDS, WORDS_PER_GROUP,
+                gate_mid, up_mid, x + plane, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step,
+                row, N, GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
             )  # fmt: skip
         if PLANES == 3:
             gate_low, up_low = _multiply(
-                gate_low, up_low, x + 2 * plane, x_at, live, word, gate_words, up_words, gate_rows, up_rows, table,
-                step, row, N, GATED, G, WORDS, WORDS_PER_GROUP,
+                gate_low, up_low, x + 2 * plane, x_at, word, gate_words, up_words, gate_rows, up_rows, table,
+                step, row, N, GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
             )  # fmt: skip
 
-    scale = tl.load(x_scale + x_row, mask=live, other=0.0)
-    zero = tl.load(x_zero + x_row, mask=live, other=0.0)
+    scale = tl.load(x_scale + x_row)
+    zero = tl.load(x_zero + x_row)
     y = activate(finish(gate, gate_mid, gate_low, scale, zero, gate_rows, PLANES), ACTIVATION)
     if GATED:
         y *= finish(up, up_mid, up_low, scale, zero, up_rows, PLANES)

@@ -23,7 +23,7 @@ from codequant.kernels.triton.activation import (
     fixed_point_step,
     round_half_even,
 )
-from codequant.kernels.triton.decode import finish, row_parameters
+from codequant.kernels.triton.decode import finish, load_words, row_parameters
 from codequant.kernels.triton.dispatch import SingleConfig
 from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.launch import Launch, follow
@@ -34,14 +34,17 @@ PIECE = 256  # columns that a program loads at a time: rows of other lengths tha
 
 
 @triton.jit
-def _pieces(x, live, S: tl.constexpr, PIECE: tl.constexpr):
-    """Rows x [R, S], from L2: a tuple of [R, PIECE], zero where there is nothing."""
-    row = tl.arange(0, live.shape[0])
+def _pieces(x, row, S: tl.constexpr, PIECE: tl.constexpr):
+    """Rows `row` [R] of x [.., S], from L2: a tuple of [R, PIECE], zero past a row's end."""
     pieces = ()
     for i in tl.static_range((S + PIECE - 1) // PIECE):
         column = i * PIECE + tl.arange(0, PIECE)
-        mask = live[:, None] & (column < S)[None, :]
-        pieces = pieces + (tl.load(x + row[:, None] * S + column[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
+        at = x + row[:, None] * S + column[None, :]
+        if (i + 1) * PIECE <= S:
+            piece = tl.load(at, cache_modifier=".cg")
+        else:
+            piece = tl.load(at, mask=(column < S)[None, :], other=0.0, cache_modifier=".cg")
+        pieces = pieces + (piece,)
     return pieces
 
 
@@ -96,25 +99,30 @@ def _quantize(
 
 
 @triton.jit
-def _halves(q, row, live, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
+def _halves(q, row, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
     """What meets the two halves of each weight word: a tuple of CHUNKS pairs int32 [SLOTS, BW]."""
     halves = ()
     for i in tl.static_range(CHUNKS):
-        word = i * BW + tl.arange(0, BW)
-        mask = live[:, None] & (word < WORDS)[None, :]
-        first = q + row[:, None] * (2 * WORDS) + word[None, :]
-        halves = halves + ((tl.load(first, mask=mask, other=0), tl.load(first + WORDS, mask=mask, other=0)),)
+        word = (i * BW + tl.arange(0, BW))[None, :]
+        first = q + row[:, None] * (2 * WORDS) + word
+        one = load_words(first, word, WORDS, WORDS % BW == 0)
+        halves = halves + ((one, load_words(first + WORDS, word, WORDS, WORDS % BW == 0)),)
     return halves
 
 
 @triton.jit
-def _words(words, row, live, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
-    """Weight rows [SLOTS, BN] -> a tuple of CHUNKS int32 [SLOTS, BN, BW]."""
+def _words(words, row, USED: tl.constexpr, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
+    """Weight rows [SLOTS, BN], of which the first USED slots count -> a tuple of CHUNKS int32 [SLOTS, BN, BW]."""
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        word = i * BW + tl.arange(0, BW)
-        mask = live[:, :, None] & (word < WORDS)[None, None, :]
-        chunks = chunks + (tl.load(words + row[:, :, None] * WORDS + word[None, None, :], mask=mask, other=0),)
+        word = (i * BW + tl.arange(0, BW))[None, None, :]
+        source = words + row[:, :, None] * WORDS + word
+        if USED < row.shape[0]:
+            used = (tl.arange(0, row.shape[0]) < USED)[:, None, None]
+            chunk = tl.load(source, mask=used & (word < WORDS), other=0)
+        else:
+            chunk = load_words(source, word, WORDS, WORDS % BW == 0)
+        chunks = chunks + (chunk,)
     return chunks
 
 
@@ -141,7 +149,7 @@ def _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS: tl.con
 
 @triton.jit
 def _own_activations(
-    pieces, q, q_words, q_scale, clip, row, live,
+    pieces, q, q_words, q_scale, clip, row,
     S: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, CLIPPED: tl.constexpr,
     CHUNKS: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
@@ -152,10 +160,10 @@ def _own_activations(
     place = tl.program_id(0).to(tl.int64) * (PLANES * ROWS * WORDS)
     own_scale = q_scale + tl.program_id(0) * (2 * ROWS)
     _quantize(pieces, q + place * 8, own_scale, clip, S, WORDS * 8, PIECE, BITS, CLIPPED)
-    halves = _halves(q_words + place * 2, row, live, CHUNKS, BW, WORDS)
+    halves = _halves(q_words + place * 2, row, CHUNKS, BW, WORDS)
     halves_low = halves
     if PLANES == 2:
-        halves_low = _halves(q_words + place * 2, row + ROWS, live, CHUNKS, BW, WORDS)
+        halves_low = _halves(q_words + place * 2, row + ROWS, CHUNKS, BW, WORDS)
     return halves, halves_low, tl.load(own_scale + 2 * row), tl.load(own_scale + 2 * row + 1)
 
 
@@ -194,21 +202,21 @@ def _single_up(
     TILES: tl.constexpr = (M + BN - 1) // BN
     PLANES: tl.constexpr = 2 if BITS == 16 else 1
     follow(PDL)  # the experts and x may be the results of the kernel before this one
-    one = tl.zeros([1], tl.int32) == 0
-    pieces = _pieces(x, one, I, PIECE)
+    first = tl.zeros([1], tl.int32)
+    pieces = _pieces(x, first, I, PIECE)
     rows = ()
     live = ()
     target = ()
     for i in tl.static_range(STEPS):
-        tile = tl.program_id(0) * STEPS + i
+        tile = tl.minimum(tl.program_id(0) * STEPS + i, TOP_K * TILES - 1)  # the last one more than once
         pair = tile // TILES
         n = tile % TILES * BN + tl.arange(0, BN)
-        e = tl.load(expert + pair, mask=pair < TOP_K, other=E)
+        e = tl.load(expert + pair)
         routed = (e >= 0) & (e < E)
         row = tl.where(routed, e, 0).to(tl.int64) * (2 * M if GATED else M) + tl.minimum(n, M - 1)
         rows = rows + (row[None, :],)
-        live = live + ((routed & (n < M))[None, :],)
-        target = target + (tl.where((n < M) & (pair < TOP_K), pair * M + n, -1),)
+        live = live + (routed,)
+        target = target + (tl.where(n < M, pair * M + n, -1),)
     # Tables and the like first, for they are needed first; of words one tile ahead.
     gate_rows = ()
     up_rows = ()
@@ -216,21 +224,21 @@ def _single_up(
         gate_rows = gate_rows + (row_parameters(table, step, row_sum, bias, rows[i], 1, HAS_BIAS),)
         if GATED:
             up_rows = up_rows + (row_parameters(table, step, row_sum, bias, rows[i] + M, 1, HAS_BIAS),)
-    gate_next = _words(words, rows[0], live[0], CHUNKS, BW, WORDS)
+    gate_next = _words(words, rows[0], 1, CHUNKS, BW, WORDS)
     if GATED:
-        up_next = _words(words, rows[0] + M, live[0], CHUNKS, BW, WORDS)
+        up_next = _words(words, rows[0] + M, 1, CHUNKS, BW, WORDS)
 
     halves, halves_low, scale, zero = _own_activations(
-        pieces, q, q_words, q_scale, clip, tl.zeros([1], tl.int32), one, I, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
+        pieces, q, q_words, q_scale, clip, first, I, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
     )
     for i in tl.static_range(STEPS):
         gate = gate_next
         if GATED:
             up = up_next
         if i + 1 < STEPS:
-            gate_next = _words(words, rows[i + 1], live[i + 1], CHUNKS, BW, WORDS)
+            gate_next = _words(words, rows[i + 1], 1, CHUNKS, BW, WORDS)
             if GATED:
-                up_next = _words(words, rows[i + 1] + M, live[i + 1], CHUNKS, BW, WORDS)
+                up_next = _words(words, rows[i + 1] + M, 1, CHUNKS, BW, WORDS)
         y = activate(_product(gate, halves, halves_low, scale, zero, gate_rows[i], CHUNKS, PLANES), ACTIVATION)
         if GATED:
             y *= _product(up, halves, halves_low, scale, zero, up_rows[i], CHUNKS, PLANES)
@@ -271,17 +279,17 @@ def _single_down(
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
     PLANES: tl.constexpr = 2 if BITS == 16 else 1
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    slot = tl.arange(0, SLOTS)
-    e = tl.load(expert + slot, mask=slot < TOP_K, other=E)  # `up` has waited for them
-    live = (slot < TOP_K) & (e >= 0) & (e < E)
+    slot = tl.minimum(tl.arange(0, SLOTS), TOP_K - 1)
+    e = tl.load(expert + slot)  # `up` has waited for them
+    live = (tl.arange(0, SLOTS) < TOP_K) & (e >= 0) & (e < E)
     row = tl.where(live, e, 0).to(tl.int64)[:, None] * N + tl.minimum(n, N - 1)[None, :]
     parameters = row_parameters(table, step, row_sum, bias, row, 1, HAS_BIAS)
-    share = tl.load(pair_weight + slot, mask=live, other=0.0).to(tl.float32)
-    chunks = _words(words, row, live[:, None] & (n < N)[None, :], CHUNKS, BW, WORDS)
+    share = tl.load(pair_weight + slot).to(tl.float32)
+    chunks = _words(words, row, TOP_K, CHUNKS, BW, WORDS)
     follow(PDL)
 
     halves, halves_low, scale, zero = _own_activations(
-        _pieces(x, live, M, PIECE), q, q_words, q_scale, clip, slot, live, M, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
+        _pieces(x, slot, M, PIECE), q, q_words, q_scale, clip, slot, M, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
     )
     y = _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS, PLANES) * share[:, None]
     y = tl.sum(tl.where(live[:, None], y, 0.0), 0)
