@@ -76,7 +76,7 @@ class LinearConfig:
 class Generation:
     """Configurations of one GPU generation."""
 
-    decode_up: DecodeConfig
+    decode_up: dict[Form, DecodeConfig]
     decode_down: DecodeConfig  # for one token; a program sums its experts
     decode_down_tokens: DecodeConfig  # for several
     decode_down_few: DecodeConfig  # where the experts of a token are one or two
@@ -161,7 +161,8 @@ def _uniform(density: float, tokens: int, up: Tile, down: Tile) -> GroupedConfig
 
 
 _LEVELS = (
-    GroupedConfig(16, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)),
+    GroupedConfig(12, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)),
+    _uniform(24, 32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
     _uniform(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3)),
     GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 4), Tile(128, 64, 4, 3)),
     GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)),
@@ -179,13 +180,28 @@ _FLOAT16 = (
 _overlap = partial(Tile, overlap=True)
 _LEVELS_90 = (
     replace(_LEVELS[0], down=_overlap(64, 64, 4, 4, 128)),
-    _LEVELS[1],
-    _uniform(72, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4)),
+    GroupedConfig(
+        24, 32, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
+    ),
+    GroupedConfig(
+        48, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), Tile(64, 128, 4, 3), _overlap(128, 128, 8, 3)
+    ),
+    GroupedConfig(
+        72, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
+    ),
     replace(
         _uniform(_HUGE, 128, _overlap(64, 64, 4, 3), _overlap(64, 64, 4, 3)), wide_up=_overlap(128, 128, 8, 3, span=16)
     ),
 )
-_FIXED16_90 = (replace(_FIXED16[0], down=_overlap(64, 64, 4, 4)), _FIXED16[1])
+_FIXED16_90 = (
+    replace(_FIXED16[0], density=12, down=_overlap(64, 64, 4, 4)),
+    GroupedConfig(
+        24, 32, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
+    ),
+    GroupedConfig(
+        48, 64, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4), _overlap(128, 128, 8, 3), _overlap(128, 128, 8, 3)
+    ),
+)
 _FLOAT16_90 = (
     _uniform(16, 16, _overlap(64, 128, 4, 4), _overlap(64, 64, 4, 4)),
     _uniform(48, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
@@ -231,9 +247,13 @@ _LINEAR_90 = {
 }  # fmt: skip
 
 AMPERE = Generation(
-    decode_up=DecodeConfig(8, 64, 4),
+    decode_up={
+        Form.LEVELS: DecodeConfig(8, 128, 4),
+        Form.FIXED16: DecodeConfig(8, 64, 4),
+        Form.FIXED24: DecodeConfig(8, 64, 4),
+    },
     decode_down=DecodeConfig(8, 64, 8),
-    decode_down_tokens=DecodeConfig(16, 32, 8),
+    decode_down_tokens=DecodeConfig(8, 32, 4),
     decode_down_few=DecodeConfig(2, 256, 4),
     grouped={Form.LEVELS: _LEVELS, Form.FIXED16: _FIXED16, Form.FLOAT16: _FLOAT16},
     single_up=SingleConfig(8, 128, 8, 128),

@@ -96,7 +96,7 @@ def expert_up(
                 x, w, bias, expert, gated, activation, activation_bits, clip, programs, chip.single_up, pdl
             )  # fmt: skip
         q = quantize(x, w.groups, activation_bits, clip, form, pdl)
-        return decode(q, w, bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up, pdl)
+        return decode(q, w, bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up[form], pdl)
     q = quantize(x, w.groups, activation_bits, clip, chip.form(activation_bits, pairs / experts), pdl, overlap="before")
     tile = config.pick_up(in_features)
     return grouped(
