@@ -1,3 +1,5 @@
+# Triton takes tuples that grow by addition alone, and no annotations on variables.
+# mypy: disable-error-code="assignment"
 """The weighted results of each token's experts, summed."""
 
 import torch
