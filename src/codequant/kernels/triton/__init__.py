@@ -6,6 +6,7 @@ single      one token, in two launches          decode      a few tokens, on dp4
 grouped     many tokens, on tensor cores        overlapped  the same, for compute capability 9.0
 combine     sum over a token's experts          dense       very many tokens, one matrix
 dispatch    measured sizes per GPU generation   ops         all of it as PyTorch operators
+launch      how kernels follow each other       epilogue    activation functions
 clustering  exact 1-D k-means                   error_feedback  sweeps and refits of weight quantization
 """
 
