@@ -520,7 +520,9 @@ def test_overlapped_linear_equals_its_twin(device: torch.device, overlapped: int
 # ----------------------------------------------------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("pairs, E, block", [(1, 1, 16), (48, 5, 16), (600, 40, 16), (1100, 3, 128), (2500, 30, 64)])
+@pytest.mark.parametrize(
+    "pairs, E, block", [(1, 1, 16), (48, 5, 16), (600, 40, 16), (1100, 3, 128), (2500, 30, 64), (17000, 9, 128)]
+)
 def test_blocks_cover_every_routed_pair_once(device: torch.device, pairs: int, E: int, block: int) -> None:
     expert = torch.randint(-1, E + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
     lists = routing.route(expert.to(device), E, block, pdl=Launch.PLAIN)

@@ -16,7 +16,7 @@ from torch import Tensor
 from codequant.kernels.triton.launch import Launch, follow
 
 CHUNK = 64, 256  # pairs that one program places: at least, and at most
-COUNTED = 2048  # more pairs than these are counted by a kernel before
+COUNTED = 2048  # more pairs than these are counted by kernels before
 SHARE = 8  # blocks that one program lists
 MIN_BLOCK = 16  # pairs in a block: the narrowest tensor-core product
 
@@ -74,6 +74,23 @@ def _count(expert, counts, pairs, E, LENGTH: tl.constexpr, BINS: tl.constexpr, P
 
 
 @triton.jit
+def _prefix(counts, chunks, BINS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    """counts[chunk, e] -> pairs of expert e in the chunks before; counts[chunks, e]: in all of them."""
+    follow(PDL)
+    bins = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.int32)
+    first = tl.zeros([], tl.int32)
+    while first < chunks:
+        row = first + tl.arange(0, ROWS)
+        at = counts + row[:, None] * BINS + bins[None, :]
+        own = tl.load(at, mask=(row < chunks)[:, None], other=0)
+        tl.store(at, total[None, :] + tl.cumsum(own, 0) - own, mask=(row < chunks)[:, None])
+        total += tl.sum(own, 0)
+        first += ROWS
+    tl.store(counts + chunks * BINS + bins, total)
+
+
+@triton.jit
 def _place(
     expert,
     counts,
@@ -93,17 +110,16 @@ def _place(
     BM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each of the first programs places the pairs of a chunk, each of the others lists SHARE blocks. ALL is at least
-    the number of pairs or, where they have been COUNTED, of chunks."""
+    """Each of the first programs places the pairs of a chunk, each of the others lists SHARE blocks. ALL pairs, a power
+    of two, are no fewer than there are, unless they have been COUNTED."""
     follow(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    each = tl.arange(0, ALL)
     if COUNTED:
-        table = tl.load(counts + each[:, None] * BINS + bins[None, :], mask=(each < chunks)[:, None], other=0)
-        total = tl.sum(table, 0)
-        before = tl.sum(tl.where((each < chunk)[:, None], table, 0), 0)
+        total = tl.load(counts + chunks * BINS + bins)
+        before = tl.load(counts + tl.minimum(chunk, chunks) * BINS + bins)
     else:
+        each = tl.arange(0, ALL)
         every = _bins(expert, 0, pairs, E, ALL)
         total = tl.histogram(every, BINS)
         before = tl.histogram(every, BINS, mask=each < chunk * LENGTH)
@@ -137,11 +153,13 @@ def route(expert: Tensor, experts: int, block: int, pdl: Launch) -> Routing:
     routing, counted = empty_routing(expert, experts), P > COUNTED
     counts = routing.pair
     if counted:
-        counts = torch.empty(chunks, bins, dtype=torch.int32, device=expert.device)
-        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl.value, num_warps=4, launch_pdl=pdl)
+        counts = torch.empty(chunks + 1, bins, dtype=torch.int32, device=expert.device)
+        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0)
+        width = min(bins, 16)
+        _prefix[(bins // width,)](counts, chunks, bins, 64, width, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0)
     _place[(chunks + triton.cdiv(blocks, SHARE),)](
         expert, counts, *routing.tensors, P, experts, blocks, chunks,
-        LENGTH=length, ALL=triton.next_power_of_2(chunks if counted else P), BINS=bins, COUNTED=counted, SHARE=SHARE,
+        LENGTH=length, ALL=1 if counted else triton.next_power_of_2(P), BINS=bins, COUNTED=counted, SHARE=SHARE,
         BM=block, PDL=pdl.value, num_warps=8, launch_pdl=pdl > 0,
     )  # fmt: skip
     return routing
