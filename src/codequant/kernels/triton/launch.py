@@ -19,13 +19,13 @@ class Launch(IntEnum):
     EARLY = 2  # they start at once, and wait
 
 
-EARLY = tl.constexpr(2)
+_EARLY = tl.constexpr(Launch.EARLY.value)
 
 
 @triton.jit
 def allow_next(PDL: tl.constexpr):
     """From here on what the next kernel does before it waits may happen."""
-    if PDL == EARLY:
+    if PDL == _EARLY:
         gdc_launch_dependents()
 
 
