@@ -11,6 +11,7 @@ from helpers import quantize_rtn_checkpoint, random_model, write_source
 
 from codequant import native
 from codequant.bench import cpu, ggml, results
+from codequant.bench.shapes import Shape, parse_shapes
 from codequant.errors import InputError
 from codequant.quantization_config import QuantizationConfig
 
@@ -63,7 +64,7 @@ def test_a_quantized_model_against_its_source(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_wrong_output_is_never_timed() -> None:
-    one = cpu.implementations(cpu.parse_shape("128x128x4x2"), 3)[0]
+    one = cpu.implementations(Shape(128, 128, 4, 2), 3)[0]
     x, index, weights = torch.randn(3, 128).bfloat16(), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
     cpu._check(one, x, index, weights)
     for factor in (1.1, torch.nan):
@@ -73,7 +74,7 @@ def test_a_wrong_output_is_never_timed() -> None:
 
 
 def test_shapes() -> None:
-    assert cpu.parse_shape("mixtral").experts == 8
-    assert str(cpu.parse_shape("64x32x4x2")) == "64x32x4x2"
+    shapes = parse_shapes("mixtral,64x32x4x2")
+    assert shapes["mixtral"].experts == 8 and shapes["64x32x4x2"] == Shape(64, 32, 4, 2)
     with pytest.raises(InputError, match="'64x32x4'"):
-        cpu.parse_shape("64x32x4")
+        parse_shapes("mixtral,64x32x4")

@@ -14,10 +14,11 @@ from codequant.errors import InputError
 
 def test_a_run_that_is_cut_off_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(shapes, tokens):
+        (shape,) = shapes
         for T in tokens:
             if T == 32:
                 raise KeyboardInterrupt
-            yield [{"implementation": "codequant-a8", "shape": shapes[0], "tokens": T, "median_us": 1.5, "isa": "sm90"}]
+            yield [{"implementation": "codequant-a8", "shape": shape, "tokens": T, "median_us": 1.5, "isa": "sm90"}]
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from codequant import native
 from codequant.bench import ggml, results
-from codequant.errors import InputError
+from codequant.bench.shapes import Shape, parse_shapes
 from codequant.executor import torch_threads
 from codequant.hadamard import hadamard_transform
 from codequant.kernels import cpu, reference
@@ -43,34 +43,6 @@ from codequant.packing import PackedWeight, unpack
 BASELINE = "torch-bf16"
 MICRO_KERNEL = "micro-kernel"
 FILE_READ = "file-read"
-
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-    def __str__(self) -> str:
-        return f"{self.hidden}x{self.intermediate}x{self.experts}x{self.top_k}"
-
-
-SHAPES = {
-    "qwen3-30b": Shape(2048, 768, 128, 8),
-    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
-    "mixtral": Shape(4096, 14336, 8, 2),
-}
-
-
-def parse_shape(text: str) -> Shape:
-    """A name of SHAPES, or hidden x intermediate x experts x top_k."""
-    if text in SHAPES:
-        return SHAPES[text]
-    sizes = text.split("x")
-    if len(sizes) != 4 or not all(s.isdigit() and int(s) > 0 for s in sizes):
-        raise InputError(f"shape: {text!r}, expected one of {list(SHAPES)} or HIDDENxINTERMEDIATExEXPERTSxTOP_K")
-    return Shape(*map(int, sizes))
 
 
 @dataclass(frozen=True)
@@ -226,7 +198,7 @@ def _check(implementation: Implementation, x: Tensor, index: Tensor, weights: Te
 
 
 def run(
-    shapes: list[str], tokens: list[int], threads: int = 1, seconds: float = 2.0, seed: int = 0
+    shapes: dict[str, Shape], tokens: list[int], threads: int = 1, seconds: float = 2.0, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of measurements. `seconds`: how long each implementation is timed per shape and number of tokens, at least
     five calls. Needs memory for the bf16 weights of one layer three times. Raises RuntimeError on a wrong output."""
@@ -234,7 +206,9 @@ def run(
     clock = time.thread_time if threads == 1 else time.perf_counter
     torch.manual_seed(seed)
     with torch_threads(threads):
-        return [row for name in shapes for T in tokens for row in _measure(name, parse_shape(name), T, seconds, clock)]
+        return [
+            row for name, shape in shapes.items() for T in tokens for row in _measure(name, shape, T, seconds, clock)
+        ]
 
 
 def _measure(name: str, shape: Shape, tokens: int, seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
@@ -459,7 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
     if a.model:
         rows = run_model(a.model[0], a.model[1], a.threads) + load_rows(a.model[0], a.threads)
     else:
-        rows = run(a.shape.split(","), [int(t) for t in a.tokens.split(",")], a.threads, a.seconds)
+        rows = run(parse_shapes(a.shape), [int(t) for t in a.tokens.split(",")], a.threads, a.seconds)
         rows += product_rows(a.seconds)
     results.append("cpu", rows, f"{results.cpu_name()}, cpu", native.instruction_set(), a.results)
     if a.json:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from codequant.bench import results, triton_bf16
+from codequant.bench.shapes import SHAPES, Shape, parse_shapes
 from codequant.errors import InputError
 from codequant.kernels import reference
 from codequant.kernels import triton as backend
@@ -31,20 +32,6 @@ from codequant.kernels.triton.dispatch import generation
 from codequant.packing import PackedWeight, unpack
 from codequant.store import write_atomically
 
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-
-SHAPES = {
-    "qwen3-30b": Shape(2048, 768, 128, 8),
-    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
-    "mixtral": Shape(4096, 14336, 8, 2),
-}
 TOKENS = (1, 8, 32, 128, 1024, 4096)
 LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
 LINEAR_TOKENS = (1, 8, 32)
@@ -161,11 +148,11 @@ def measured_ceilings() -> tuple[float, float]:
     return 4 * a.numel() / read * 1e6, 2 * 8192**3 / product * 1e6
 
 
-def run(shapes: Sequence[str], tokens: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+def run(shapes: dict[str, Shape], tokens: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
     """One row per implementation, for a shape and a number of tokens at a time; experts first, then single matrices."""
     ceilings = measured_ceilings()
-    for name in shapes:
-        layer = random_layer(SHAPES[name])
+    for name, shape in shapes.items():
+        layer = random_layer(shape)
         for T in tokens:
             yield _run_experts(name, layer, T, ceilings)
         del layer
@@ -329,7 +316,9 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="codequant bench gpu", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--shape", default=",".join(SHAPES), help="comma-separated names or HIDDENxINTERMEDIATExEXPERTSxTOP_K"
+    )
     parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=list(TOKENS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="CSV file to append to")
@@ -337,7 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise InputError("bench gpu: no CUDA device, expected one")
     rows: list[dict[str, Any]] = []
-    for measured in run(options.shape, options.tokens):  # minutes in all: what is measured is kept at once
+    for measured in run(
+        parse_shapes(options.shape), options.tokens
+    ):  # minutes in all: what is measured is kept at once
         rows += measured
         results.append("gpu", measured, torch.cuda.get_device_name(), path=options.results)
         if options.json:
