@@ -42,21 +42,21 @@ def row_parameters(table, step, row_sum, bias, row, G: tl.constexpr, HAS_BIAS: t
 
 
 @triton.jit
-def load_words(pointer, word, WORDS: tl.constexpr, EVEN: tl.constexpr):
-    """int32 at `pointer`, for words `word` of a row of WORDS; zero past its end. EVEN: all steps are full, and nothing
-    is masked, for a mask costs an instruction per two words that makes the zero."""
-    if EVEN:
+def load_words(pointer, word, WORDS: tl.constexpr, BW: tl.constexpr):
+    """int32 at `pointer`, for BW words `word` of a row of WORDS; zero past its end. Where all steps are full nothing is
+    masked, for a mask costs an instruction per two words that makes the zero."""
+    if WORDS % BW == 0:
         return tl.load(pointer)
     else:
         return tl.load(pointer, mask=word < WORDS, other=0)
 
 
 @triton.jit
-def _activations(x, x_at, word, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, EVEN: tl.constexpr):
+def _activations(x, x_at, word, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, BW: tl.constexpr):
     """What meets the two halves of each weight word: int32 [SLOTS, BW] each."""
     at = x_at[:, None] + (word + word // WORDS_PER_GROUP * WORDS_PER_GROUP)[None, :]  # a group's second half is next
-    first = load_words(x + at, word[None, :], WORDS, EVEN)
-    return first, load_words(x + at + WORDS_PER_GROUP, word[None, :], WORDS, EVEN)
+    first = load_words(x + at, word[None, :], WORDS, BW)
+    return first, load_words(x + at + WORDS_PER_GROUP, word[None, :], WORDS, BW)
 
 
 @triton.jit
@@ -80,10 +80,10 @@ def _accumulate(
 @triton.jit
 def _multiply(
     gate, up, x, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
-    GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Accumulators += the products of this chunk of weights with one plane of the activations."""
-    first, second = _activations(x, x_at, word, WORDS, WORDS_PER_GROUP, EVEN)
+    first, second = _activations(x, x_at, word, WORDS, WORDS_PER_GROUP, BW)
     gate = _accumulate(gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP)
     if GATED:
         up = _accumulate(up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP)
@@ -141,7 +141,6 @@ def _decode(
     """
     WORDS: tl.constexpr = G * WORDS_PER_GROUP
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
-    EVEN: tl.constexpr = WORDS % BW == 0
     q = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     slot = tl.arange(0, SLOTS)
@@ -167,10 +166,10 @@ def _decode(
         row = e[:, None] * N + n_safe[None, :]
     weight = words + row[:, :, None] * WORDS
     c = tl.arange(0, BW)[None, None, :]
-    gate_next = load_words(weight + c, c, WORDS, EVEN)
+    gate_next = load_words(weight + c, c, WORDS, BW)
     up_next = gate_next
     if GATED:
-        up_next = load_words(weight + N * WORDS + c, c, WORDS, EVEN)
+        up_next = load_words(weight + N * WORDS + c, c, WORDS, BW)
     # One way to memory for all that a program needs: a second one at its end would cost as much again.
     gate_rows = row_parameters(table, step, row_sum, bias, row, G, HAS_BIAS)
     up_rows = gate_rows
@@ -194,23 +193,23 @@ def _decode(
         up_words = up_next
         if i + 1 < CHUNKS:  # the next chunk travels while this one is multiplied
             ahead = c + (i + 1) * BW
-            gate_next = load_words(weight + ahead, ahead, WORDS, EVEN)
+            gate_next = load_words(weight + ahead, ahead, WORDS, BW)
             if GATED:
-                up_next = load_words(weight + N * WORDS + ahead, ahead, WORDS, EVEN)
+                up_next = load_words(weight + N * WORDS + ahead, ahead, WORDS, BW)
 
         gate, up = _multiply(
             gate, up, x, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
-            GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
+            GATED, G, WORDS, WORDS_PER_GROUP, BW,
         )  # fmt: skip
         if PLANES >= 2:
             gate_mid, up_mid = _multiply(
                 gate_mid, up_mid, x + plane, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step,
-                row, N, GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
+                row, N, GATED, G, WORDS, WORDS_PER_GROUP, BW,
             )  # fmt: skip
         if PLANES == 3:
             gate_low, up_low = _multiply(
                 gate_low, up_low, x + 2 * plane, x_at, word, gate_words, up_words, gate_rows, up_rows, table,
-                step, row, N, GATED, G, WORDS, WORDS_PER_GROUP, EVEN,
+                step, row, N, GATED, G, WORDS, WORDS_PER_GROUP, BW,
             )  # fmt: skip
 
     scale = tl.load(x_scale + x_row)

@@ -105,8 +105,8 @@ def _halves(q, row, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr)
     for i in tl.static_range(CHUNKS):
         word = (i * BW + tl.arange(0, BW))[None, :]
         first = q + row[:, None] * (2 * WORDS) + word
-        one = load_words(first, word, WORDS, WORDS % BW == 0)
-        halves = halves + ((one, load_words(first + WORDS, word, WORDS, WORDS % BW == 0)),)
+        one = load_words(first, word, WORDS, BW)
+        halves = halves + ((one, load_words(first + WORDS, word, WORDS, BW)),)
     return halves
 
 
@@ -121,7 +121,7 @@ def _words(words, row, USED: tl.constexpr, CHUNKS: tl.constexpr, BW: tl.constexp
             used = (tl.arange(0, row.shape[0]) < USED)[:, None, None]
             chunk = tl.load(source, mask=used & (word < WORDS), other=0)
         else:
-            chunk = load_words(source, word, WORDS, WORDS % BW == 0)
+            chunk = load_words(source, word, WORDS, BW)
         chunks = chunks + (chunk,)
     return chunks
 
