@@ -326,9 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise InputError("bench gpu: no CUDA device, expected one")
     rows: list[dict[str, Any]] = []
-    for measured in run(
-        parse_shapes(options.shape), options.tokens
-    ):  # minutes in all: what is measured is kept at once
+    # Minutes in all: what is measured is kept at once.
+    for measured in run(parse_shapes(options.shape), options.tokens):
         rows += measured
         results.append("gpu", measured, torch.cuda.get_device_name(), path=options.results)
         if options.json:
