@@ -201,7 +201,7 @@ def experts(
             _decode[(triton.cdiv(N, tile.rows), len(target))](
                 source, index, weights, w, target, N, k, width, reduce, not reduce,
                 triton.next_power_of_2(k) if reduce else 1, tile.rows,
-                tile.columns, PDL=pdl.value, num_warps=tile.warps, launch_pdl=pdl > 0,
+                tile.columns, num_warps=tile.warps, **pdl.options,
             )  # fmt: skip
         return out
     routing: Routing = route(index, E, config.tokens, pdl)
@@ -216,6 +216,6 @@ def experts(
         _grouped[(columns, blocks) if config.rows_first else (blocks, columns)](
             source, weights, w, target, *routing.tensors, N, E, source.shape[1], k, gated, tile.swap,
             config.tokens, tile.rows, tile.columns, tile.stages, config.rows_first,
-            PDL=pdl.value, num_warps=tile.warps, launch_pdl=pdl > 0,
+            num_warps=tile.warps, **pdl.options,
         )  # fmt: skip
     return combine(y, index, E, k, x.dtype, pdl)

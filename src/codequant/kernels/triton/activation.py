@@ -189,8 +189,8 @@ def quantize(
     scale, zero = torch.empty(2, R, dtype=torch.float32, device=x.device)
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
-        x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value, PDL=pdl.value,
-        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), launch_pdl=pdl > 0,
+        x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value,
+        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), **pdl.options,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
     return Activations(values, scale, zero)

@@ -31,7 +31,5 @@ def combine(y: Tensor, expert: Tensor, experts: int, top_k: int, out_dtype: torc
     tokens, N = len(y) // top_k, y.shape[1]
     out = torch.empty(tokens, N, dtype=out_dtype, device=y.device)
     BLOCK = min(1024, triton.next_power_of_2(N))
-    _combine[(triton.cdiv(N, BLOCK), tokens)](
-        y, expert, out, N, experts, top_k, BLOCK, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0
-    )
+    _combine[(triton.cdiv(N, BLOCK), tokens)](y, expert, out, N, experts, top_k, BLOCK, num_warps=4, **pdl.options)
     return out

@@ -253,7 +253,7 @@ def decode(
         TOP_K=top_k, G=weight.groups, WORDS_PER_GROUP=words_per_group, ROUTED=expert is not None, REDUCE=reduce,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes,
         SLOTS=triton.next_power_of_2(top_k) if reduce else 1, BN=config.rows,
-        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), PDL=pdl.value,
-        num_warps=config.warps, launch_pdl=pdl > 0,
+        BW=min(config.words, triton.next_power_of_2(weight.groups * words_per_group)), num_warps=config.warps,
+        **pdl.options,
     )  # fmt: skip
     return out

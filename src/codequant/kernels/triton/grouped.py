@@ -239,8 +239,7 @@ def grouped(
     constants = dict(
         TOP_K=top_k, P=P, ROUTED=routing is not None, GATHER=routing is not None and not scatter, SCATTER=scatter,
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
-        BN=tile.rows, STAGES=tile.stages, PDL=pdl.value, num_warps=tile.warps, maxnreg=tile.registers,
-        launch_pdl=pdl > 0,
+        BN=tile.rows, STAGES=tile.stages, num_warps=tile.warps, maxnreg=tile.registers, **pdl.options,
     )  # fmt: skip
     overlapped = import_module("codequant.kernels.triton.overlapped") if tile.overlap else None
     if overlapped and overlapped.serves(weight):

@@ -18,6 +18,11 @@ class Launch(IntEnum):
     CHAINED = 1  # the next kernel's programs start when this one's have ended
     EARLY = 2  # they start at once, and wait
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Of the launch of a kernel that has a parameter PDL."""
+        return {"PDL": self.value, "launch_pdl": self > Launch.PLAIN}
+
 
 _EARLY = tl.constexpr(Launch.EARLY.value)
 

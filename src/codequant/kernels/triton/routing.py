@@ -154,12 +154,12 @@ def route(expert: Tensor, experts: int, block: int, pdl: Launch) -> Routing:
     counts = routing.pair
     if counted:
         counts = torch.empty(chunks + 1, bins, dtype=torch.int32, device=expert.device)
-        _count[(chunks,)](expert, counts, P, experts, length, bins, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0)
+        _count[(chunks,)](expert, counts, P, experts, length, bins, num_warps=4, **pdl.options)
         width = min(bins, 16)
-        _prefix[(bins // width,)](counts, chunks, bins, 64, width, PDL=pdl.value, num_warps=4, launch_pdl=pdl > 0)
+        _prefix[(bins // width,)](counts, chunks, BINS=bins, ROWS=64, WIDTH=width, num_warps=4, **pdl.options)
     _place[(chunks + triton.cdiv(blocks, SHARE),)](
         expert, counts, *routing.tensors, P, experts, blocks, chunks,
         LENGTH=length, ALL=1 if counted else triton.next_power_of_2(P), BINS=bins, COUNTED=counted, SHARE=SHARE,
-        BM=block, PDL=pdl.value, num_warps=8, launch_pdl=pdl > 0,
+        BM=block, num_warps=8, **pdl.options,
     )  # fmt: skip
     return routing

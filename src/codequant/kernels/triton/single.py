@@ -330,8 +330,8 @@ def single_up(
         bias if bias is not None else q_scale, out, clip, E,
         TOP_K=top_k, I=weight.in_features, M=M, WORDS=words, GATED=gated, ACTIVATION=activation,
         HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=triton.next_power_of_2(words * 8), STEPS=steps,
-        BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl.value, num_warps=config.warps,
-        launch_pdl=pdl > 0, maxnreg=config.registers, enable_fp_fusion=False,
+        BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), num_warps=config.warps,
+        **pdl.options, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -356,7 +356,7 @@ def single_down(
         x, q, q_words, q_scale, expert, pair_weight, weight.words, weight.table.view(torch.int64), weight.step,
         weight.row_sum, bias if bias is not None else q_scale, out, clip, N, E,
         TOP_K=top_k, M=M, WORDS=words, HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=PIECE,
-        SLOTS=slots, BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), PDL=pdl.value,
-        num_warps=config.warps, launch_pdl=pdl > 0, maxnreg=config.registers, enable_fp_fusion=False,
+        SLOTS=slots, BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)),
+        num_warps=config.warps, **pdl.options, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
