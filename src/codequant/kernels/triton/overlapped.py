@@ -48,17 +48,17 @@ def _copy_weights(first, second, first_smem, second_smem, slot, k):
 
 @gluon.jit
 def _copy_activations(
-    x, x0, x1, x2, x3, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr
+    x, live, x0, x1, x2, x3, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr
 ):  # fmt: skip
-    """The runs of float16, the two runs of int8, or those of two planes."""
-    async_copy.async_copy_global_to_shared(x0.index(slot), x + k)
-    async_copy.async_copy_global_to_shared(x1.index(slot), x + (k + RUN))
+    """The runs of float16, the two runs of int8, or those of two planes; of rows that are not live, nothing."""
+    async_copy.async_copy_global_to_shared(x0.index(slot), x + k, mask=live)
+    async_copy.async_copy_global_to_shared(x1.index(slot), x + (k + RUN), mask=live)
     if FLOAT:
-        async_copy.async_copy_global_to_shared(x2.index(slot), x + (k + 2 * RUN))
-        async_copy.async_copy_global_to_shared(x3.index(slot), x + (k + 3 * RUN))
+        async_copy.async_copy_global_to_shared(x2.index(slot), x + (k + 2 * RUN), mask=live)
+        async_copy.async_copy_global_to_shared(x3.index(slot), x + (k + 3 * RUN), mask=live)
     elif PLANES == 2:
-        async_copy.async_copy_global_to_shared(x2.index(slot), x + (plane + k))
-        async_copy.async_copy_global_to_shared(x3.index(slot), x + (plane + k + RUN))
+        async_copy.async_copy_global_to_shared(x2.index(slot), x + (plane + k), mask=live)
+        async_copy.async_copy_global_to_shared(x3.index(slot), x + (plane + k + RUN), mask=live)
 
 
 @gluon.jit
@@ -136,7 +136,9 @@ def _block(
         second_row = first_row + BN
         last_second = N - 1
 
-    x_row = gl.minimum(start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY)), end - 1)
+    position = start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+    live = gl.expand_dims(position < end, 1)
+    x_row = gl.minimum(position, end - 1)
     if GATHER:
         x_row = gl.load(pair + x_row) // TOP_K
     k = gl.expand_dims(gl.arange(0, BK, layout=gl.SliceLayout(0, COPY)), 0)
@@ -164,7 +166,7 @@ def _block(
     _follow(PDL)  # all of the above is older than the kernel before this one, the quantization
     for s in gl.static_range(STAGES - 1):
         if s < STEPS:
-            _copy_activations(x_from, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+            _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
         async_copy.commit_group()
 
     # What the results need of each token goes through shared memory: every thread holds results of many tokens.
@@ -207,7 +209,7 @@ def _block(
             before = (slot + STAGES - 1) % STAGES
             ahead = (i + STAGES - 1) * BK
             _copy_weights(first_from, second_from, first_smem, second_smem, before, ahead)
-            _copy_activations(x_from, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
+            _copy_activations(x_from, live, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
         async_copy.commit_group()
         slot = (slot + 1) % STAGES
     second, second_low = warpgroup_mma_wait(0, deps=[second, second_low])
