@@ -15,8 +15,9 @@ def _prmt(a, b, selector):
     result = np.zeros_like(a)
     for i in range(4):
         nibble = (selector >> (4 * i)) & 0xF
-        assert not (nibble & 8).any(), "bit 3 of a selector replicates the sign"
-        result |= np.choose(nibble, pool).astype(np.uint32) << (8 * i)
+        byte = np.choose(nibble & 7, pool)
+        byte = np.where(nibble & 8, (byte >> 7) * 0xFF, byte)  # bit 3 of a selector replicates the sign
+        result |= byte.astype(np.uint32) << (8 * i)
     return result
 
 
@@ -38,6 +39,7 @@ INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "sub.f16x2": _sub_f16x2,
     "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,
     "add.u32": lambda a, b: a + b,
     "sub.u32": lambda a, b: a - b,

@@ -32,6 +32,7 @@ from codequant.kernels.triton.activation import Form, quantize
 from codequant.kernels.triton.dense import dequantize
 from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.launch import Launch
+from codequant.kernels.triton.layout import ENTRIES, paired_entries
 
 pytestmark = pytest.mark.usefixtures("poisoned_gpu_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,6 +91,33 @@ def test_restore_gives_back_what_was_prepared(bits: int, shape: tuple[int, ...],
     assert restored.in_features == weight.in_features
     for name in ("packed", "codebook", "step"):
         assert torch.equal(getattr(restored, name), getattr(weight, name)), name
+
+
+def test_paired_entries_add_up_with_the_sign_of_the_other_half() -> None:
+    every = torch.arange(-127, 128, dtype=torch.int8)
+    low, high = (v.flatten() for v in torch.meshgrid(every, every, indexing="ij"))
+    overflow = ((low == 127) & (high < 0)) | ((high == 127) & (low < 0))
+    table = torch.zeros(len(low), ENTRIES, dtype=torch.int8)
+    table[:, 3], table[:, 3 + ENTRIES // 2] = low, high
+    paired = paired_entries(table[~overflow])
+    assert paired is not None
+    first, second = paired.int().chunk(2, -1)
+    assert torch.equal(torch.cat((first - (second < 0).int(), second - (first < 0).int()), -1), table[~overflow].int())
+    assert all(paired_entries(row[None]) is None for row in table[overflow][::7])
+
+
+@pytest.mark.parametrize("negative", [14, 15])
+def test_codebooks_without_room_for_pairs_need_none(device: torch.device, negative: int) -> None:
+    generator = torch.Generator().manual_seed(negative)
+    codebook = torch.cat((-torch.arange(1, negative + 1), torch.full((16 - negative,), 127)))
+    indices = torch.randint(16, (5, 96), generator=generator, dtype=torch.uint8)
+    weight = pack(indices, codebook.to(torch.int8).expand(5, 1, 16), torch.full((5, 1), 0.01).half())
+    prepared = backend.prepare_linear(to(weight, device))
+    assert (prepared.paired.numel() == 0) == (negative == 15)
+    x = torch.randn(2, 96, generator=generator)
+    y = backend.linear(x.to(device), prepared, activation_bits=8)
+    expected = reference.codebook_linear(x.double(), weight, activation_bits=8)
+    assert_within(y, expected, linear_tolerance(x, weight, 8))
 
 
 @pytest.mark.parametrize("quantized", ["both", "gate_up"])

@@ -22,6 +22,8 @@ class DecodeConfig:
     rows: int  # weight rows per program
     words: int  # 32-bit weight words per row and step, at most
     warps: int
+    registers: int | None = None  # per thread at most, where rows have one group and values two planes at most
+    ahead: int = 1  # steps whose weights travel while one is multiplied
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Generation:
     def pick(self, bits: int, tokens: int, pairs: int, experts: int) -> GroupedConfig | None:
         """Expert-sorted blocks for a layer whose wider activations have so many bits; None for the decode kernel, which
         reads an expert once per pair, the other once per block of tokens."""
-        if tokens == 1 or pairs * decode_form(bits).planes <= experts // 2:
+        if tokens == 1 or 4 * pairs * decode_form(bits).planes <= 3 * experts:
             return None
         density = pairs / experts
         return next(config for config in self.grouped[self.form(bits, density)] if density <= config.density)
@@ -248,20 +250,20 @@ _LINEAR_90 = {
 
 AMPERE = Generation(
     decode_up={
-        Form.LEVELS: DecodeConfig(8, 128, 4),
-        Form.FIXED16: DecodeConfig(8, 64, 4),
+        Form.LEVELS: DecodeConfig(4, 64, 4, 56, ahead=4),
+        Form.FIXED16: DecodeConfig(4, 64, 4, 64, ahead=4),
         Form.FIXED24: DecodeConfig(8, 64, 4),
     },
     decode_down=DecodeConfig(8, 64, 8),
-    decode_down_tokens=DecodeConfig(8, 32, 4),
+    decode_down_tokens=DecodeConfig(4, 32, 4, 64),
     decode_down_few=DecodeConfig(2, 256, 4),
     grouped={Form.LEVELS: _LEVELS, Form.FIXED16: _FIXED16, Form.FLOAT16: _FLOAT16},
     single_up=SingleConfig(8, 128, 8, 128),
     single_down=SingleConfig(8, 32, 8, 128),
     single_down_long=SingleConfig(8, 16, 8, 128),
     decode_linear={
-        Form.LEVELS: DecodeConfig(8, 128, 4),
-        Form.FIXED16: DecodeConfig(8, 64, 4),
+        Form.LEVELS: DecodeConfig(8, 64, 4, ahead=4),
+        Form.FIXED16: DecodeConfig(8, 64, 4, 64, ahead=2),
         Form.FIXED24: DecodeConfig(8, 64, 4),
     },
     linear=_LINEAR,

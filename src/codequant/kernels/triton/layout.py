@@ -8,6 +8,12 @@ little-endian 32-bit words. Bits 4j..4j+3 of word i hold the index of column 4i 
 16+4j.. that of column P/2 + 4i + j. So each 16-bit half of a word is, once its high bits are split off, the selector of
 a byte permutation (`prmt`) that looks up four int8 entries, the four bytes it yields meet four *consecutive*
 activations, and viewed as bytes a row is one contiguous operand per half for the tensor cores.
+
+A lookup that feeds a dot product need not choose between the two halves of a table. Bit 3 of a selector's nibble, set
+if the index is 8 or more, asks for the sign of a byte, 0 or -1, instead of the byte: entry l, looked up with the index,
+and entry l + 8, looked up with that bit flipped, add up to the right one of them, less 1 if the other is negative.
+`paired_entries` puts that right in advance, if there is room within int8. To this end the neighbours of an ascending
+codebook are stored as l and l + 8: room lacks only where 127 is the one entry that is not negative.
 """
 
 from dataclasses import dataclass
@@ -15,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codequant.packing import PackedWeight, pack_indices, unpack_indices
+from codequant.packing import ENTRY_MAX, PackedWeight, pack_indices, unpack_indices
 
 ENTRIES = 16
 COLUMN_MULTIPLE = 64  # 32 columns per half: the shortest int8 tensor-core product
@@ -27,6 +33,7 @@ class TritonWeight:
 
     words: Tensor  # int32 [E, O, G * P / 8]
     table: Tensor  # int32 [E, O, G, 4]: sixteen int8 entries
+    paired: Tensor  # int32 [E, O, 1, 4]: the same as `paired_entries`; empty where G > 1 or there are none
     step: Tensor  # float32 [E, O, G]
     row_sum: Tensor  # float32 [E, O]: sum over groups of step * sum of the row's entries
     in_features: int
@@ -41,15 +48,40 @@ class TritonWeight:
     def groups(self) -> int:
         return self.table.shape[2]
 
+    def dot_table(self, planes: int) -> tuple[Tensor, bool]:
+        """(the table for dot products with so many int8 planes, int64 [E, O, G, 2]; whether it is the paired one, which
+        is for a single plane: several share their lookups, and would each add up two halves)."""
+        paired = planes == 1 and self.paired.numel() > 0
+        return (self.paired if paired else self.table).view(torch.int64), paired
+
     @property
     def tensors(self) -> list[Tensor]:
         """In the order in which the custom operators take them."""
-        return [self.words, self.table, self.step, self.row_sum]
+        return [self.words, self.table, self.paired, self.step, self.row_sum]
 
 
 def padded_group(group_size: int) -> int:
     """P of a group of S columns."""
     return -(-group_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
+def _order(entries: int) -> list[int]:
+    """Which entry of an ascending codebook is stored at each place."""
+    if entries < ENTRIES:  # the places of the others hold zeros, and each entry is beside one
+        return list(range(entries))
+    return [*range(0, ENTRIES, 2), *range(1, ENTRIES, 2)]
+
+
+def paired_entries(table: Tensor) -> Tensor | None:
+    """int8 [..., 16] -> int8 [..., 16] whose entries l and l + 8 are more by 1 if the other of the two, in the result,
+    is negative; None if one would be 128."""
+    low, high = table.int().unflatten(-1, (2, -1)).unbind(-2)
+    # Two negative ones grow both, but for -1: it becomes 0, and the other stays.
+    stays = (high >= 0) | ((high == -1) & (low < -1))
+    low = torch.where(stays, low, low + 1)
+    high = high + (low < 0)
+    paired = torch.cat((low, high), -1)
+    return None if (paired > ENTRY_MAX).any() else paired.to(torch.int8)
 
 
 def words_from_indices(indices: Tensor, groups: int) -> Tensor:
@@ -74,11 +106,12 @@ def indices_from_words(words: Tensor, groups: int, in_features: int) -> Tensor:
 
 
 def _repack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One matrix: (words, table, step, row_sum), without the leading E."""
+    """One matrix: (words, table, step, row_sum), without the leading E; the table int8 [O, G, 16]."""
     O, G, K = weight.codebook.shape
+    order = torch.tensor(_order(K), device=weight.codebook.device)
     indices = unpack_indices(weight.packed, weight.bits, weight.in_features)
-    words = words_from_indices(indices, G)
-    table = torch.nn.functional.pad(weight.codebook, (0, ENTRIES - K)).view(torch.int32)  # [O, G, 4]
+    words = words_from_indices(order.argsort().to(torch.uint8)[indices.int()], G)
+    table = torch.nn.functional.pad(weight.codebook[..., order], (0, ENTRIES - K))
     step = weight.step.float()
     counts = torch.stack([(indices.view(O, G, -1) == k).sum(-1) for k in range(K)], dim=-1)  # [O, G, K]
     entry_sum = (counts * weight.codebook).sum(-1)  # [O, G]
@@ -94,16 +127,23 @@ def to_triton(weight: PackedWeight) -> TritonWeight:
         each = zip(weight.packed, weight.codebook, weight.step, strict=True)
         parts = [_repack(PackedWeight(p, c, s, weight.in_features)) for p, c, s in each]
     words, table, step, row_sum = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    return TritonWeight(words, table, step, row_sum, weight.in_features, weight.bits, stacked)
+    paired = paired_entries(table) if table.shape[2] == 1 else None
+    if paired is None:
+        paired = table[:0]
+    tables = (table.view(torch.int32), paired.view(torch.int32))
+    return TritonWeight(words, *tables, step, row_sum, weight.in_features, weight.bits, stacked)
 
 
 def from_triton(weight: TritonWeight) -> PackedWeight:
     """Inverse of `to_triton`, bit for bit."""
-    G, K = weight.groups, 2**weight.bits
+    G, order = weight.groups, torch.tensor(_order(2**weight.bits), device=weight.words.device)
     packed = torch.stack(
-        [pack_indices(indices_from_words(words, G, weight.in_features), weight.bits) for words in weight.words]
+        [
+            pack_indices(order.to(torch.uint8)[indices_from_words(words, G, weight.in_features).int()], weight.bits)
+            for words in weight.words
+        ]
     )
-    codebook = weight.table.view(torch.int8)[..., :K].contiguous()
+    codebook = weight.table.view(torch.int8)[..., order.argsort()].contiguous()
     step = weight.step.to(torch.float16)
     if not weight.stacked:
         packed, codebook, step = packed[0], codebook[0], step[0]

@@ -24,8 +24,8 @@ from codequant.kernels.triton.single import single_down, single_up
 
 
 def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
-    words, table, step, row_sum = tensors
-    return TritonWeight(words, table, step, row_sum, in_features, bits=4, stacked=True)
+    words, table, paired, step, row_sum = tensors
+    return TritonWeight(words, table, paired, step, row_sum, in_features, bits=4, stacked=True)
 
 
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())

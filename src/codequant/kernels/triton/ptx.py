@@ -7,6 +7,10 @@ Eight weights cost six `prmt` and five other instructions. Permutations, shifts 
 the kernels of small batches; so the two shifts by 16 are dot products with (0, 0, 0, 1), the top bits are what a
 subtraction of the others leaves, both on another pipe (2 to 10% and 1 to 4% faster on an H200), and their shift and the
 addition that makes them a selector become one instruction.
+
+Where a dot product follows, on that other pipe, both halves of a table may be summed up instead of chosen from: bit 3
+of a nibble asks for the sign of its byte, which `layout.paired_entries` has allowed for. Then four `prmt` and one `xor`
+are all that the limiting pipe gets.
 """
 
 import triton
@@ -49,6 +53,23 @@ def _operands(asm: str, **registers: int) -> str:
 _LOOKUP = _lookup(_ENTRIES, ["$0"], ["$1"])
 _FLOAT_LOOKUP = _lookup(_FLOAT_ENTRIES, ["$0", "$1"], ["$2", "$3"], _OFFSET)
 
+_DOT = """{
+.reg .b32 word, flipped, a, b, sum;
+mov.b32 word, $word;
+xor.b32 flipped, word, 0x88888888;
+prmt.b32 a, $t0, $t1, word;
+prmt.b32 b, $t2, $t3, flipped;
+dp4a.s32.s32 sum, a, $first, $acc;
+dp4a.s32.s32 sum, b, $first, sum;
+dp2a.hi.u32.u32 word, word, 0x01000000, 0;
+dp2a.hi.u32.u32 flipped, flipped, 0x01000000, 0;
+prmt.b32 a, $t0, $t1, word;
+prmt.b32 b, $t2, $t3, flipped;
+dp4a.s32.s32 sum, a, $second, sum;
+dp4a.s32.s32 $0, b, $second, sum;
+}"""
+
+_WORD_DOT = tl.constexpr(_operands(_DOT, word=1, t0=2, t1=3, t2=4, t3=5, first=6, second=7, acc=8))
 _WORD_LOOKUP = tl.constexpr(_operands(_LOOKUP, word=2, t0=3, t1=4, t2=5, t3=6))
 _WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
 # With pack=4 a register holds four bytes of `packed`, and each table operand arrives four times, in equal registers.
@@ -64,6 +85,15 @@ def lookup_words(words, t0, t1, t2, t3):
     return tl.inline_asm_elementwise(
         _WORD_LOOKUP, _WORD_CONSTRAINTS, [words, t0, t1, t2, t3], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
     )
+
+
+@triton.jit
+def lookup_dot(words, t0, t1, t2, t3, first, second, acc):
+    """acc + the dot product of the eight entries of each word, from tables of `paired_entries`, with eight bytes."""
+    return tl.inline_asm_elementwise(
+        _WORD_DOT, "=r,r,r,r,r,r,r,r,r", [words, t0, t1, t2, t3, first, second, acc],
+        dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

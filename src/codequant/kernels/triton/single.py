@@ -23,12 +23,18 @@ from codequant.kernels.triton.activation import (
     fixed_point_step,
     round_half_even,
 )
-from codequant.kernels.triton.decode import finish, load_words, row_parameters
+from codequant.kernels.triton.decode import (
+    add_products,
+    finish,
+    load_words,
+    row_parameters,
+    step_words,
+    together,
+)
 from codequant.kernels.triton.dispatch import SingleConfig
 from codequant.kernels.triton.epilogue import activate
 from codequant.kernels.triton.launch import Launch, follow
 from codequant.kernels.triton.layout import TritonWeight
-from codequant.kernels.triton.ptx import dp4a, lookup_words
 
 PIECE = 256  # columns that a program loads at a time: rows of other lengths than powers of two stay short
 
@@ -99,72 +105,69 @@ def _quantize(
 
 
 @triton.jit
-def _halves(q, row, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
-    """What meets the two halves of each weight word: a tuple of CHUNKS pairs int32 [SLOTS, BW]."""
+def _halves(q, row, CHUNKS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
+    """What meets the two halves of each weight word: a tuple of CHUNKS pairs int32 [SLOTS, BN, BW], the same for all
+    rows: each thread loads what its own need."""
     halves = ()
     for i in tl.static_range(CHUNKS):
-        word = (i * BW + tl.arange(0, BW))[None, :]
-        first = q + row[:, None] * (2 * WORDS) + word
+        word = (i * BW + tl.arange(0, BW))[None, None, :]
+        first = q + row[:, None, None] * (2 * WORDS) + word + tl.zeros([1, BN, 1], tl.int32)
         one = load_words(first, word, WORDS, BW)
         halves = halves + ((one, load_words(first + WORDS, word, WORDS, BW)),)
     return halves
 
 
 @triton.jit
-def _words(words, row, USED: tl.constexpr, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
-    """Weight rows [SLOTS, BN], of which the first USED slots count -> a tuple of CHUNKS int32 [SLOTS, BN, BW]."""
+def _words(words, row, CHUNKS: tl.constexpr, BW: tl.constexpr, WORDS: tl.constexpr):
+    """Weight rows [SLOTS, BN] -> a tuple of CHUNKS int32 [SLOTS, BN, BW]."""
     chunks = ()
     for i in tl.static_range(CHUNKS):
         word = (i * BW + tl.arange(0, BW))[None, None, :]
-        source = words + row[:, :, None] * WORDS + word
-        if USED < row.shape[0]:
-            used = (tl.arange(0, row.shape[0]) < USED)[:, None, None]
-            chunk = tl.load(source, mask=used & (word < WORDS), other=0)
-        else:
-            chunk = load_words(source, word, WORDS, BW)
-        chunks = chunks + (chunk,)
+        chunks = chunks + (load_words(words + row[:, :, None] * WORDS + word, word, WORDS, BW),)
     return chunks
 
 
 @triton.jit
-def _dot(chunks, halves, parameters, CHUNKS: tl.constexpr):
+def _dot(chunks, halves, parameters, CHUNKS: tl.constexpr, PAIRED: tl.constexpr):
     """int32 [SLOTS, BN, BW], whose last axis is still to be summed."""
-    t0, t1, t2, t3 = parameters[0]
     acc = tl.zeros(chunks[0].shape, tl.int32)
     for i in tl.static_range(CHUNKS):
-        w0, w1 = lookup_words(chunks[i], t0, t1, t2, t3)
-        acc = dp4a(w1, halves[i][1][:, None, :], dp4a(w0, halves[i][0][:, None, :], acc))
+        acc = add_products(acc, chunks[i], halves[i][0], halves[i][1], parameters[0], PAIRED)
     return acc
 
 
 @triton.jit
-def _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS: tl.constexpr, PLANES: tl.constexpr):
+def _product(
+    chunks, halves, halves_low, scale, zero, parameters,
+    CHUNKS: tl.constexpr, PLANES: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
     """float32 [SLOTS, BN]."""
-    high = _dot(chunks, halves, parameters, CHUNKS)
+    high = _dot(chunks, halves, parameters, CHUNKS, PAIRED)
     low = high
     if PLANES == 2:
-        low = _dot(chunks, halves_low, parameters, CHUNKS)
+        low = _dot(chunks, halves_low, parameters, CHUNKS, PAIRED)
     return finish(high, low, low, scale, zero, parameters, PLANES)
 
 
 @triton.jit
+def _place(q, q_scale, ROWS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
+    """This program's own planes and scales."""
+    return q + tl.program_id(0).to(tl.int64) * (PLANES * ROWS * WORDS), q_scale + tl.program_id(0) * (2 * ROWS)
+
+
+@triton.jit
 def _own_activations(
-    pieces, q, q_words, q_scale, clip, row,
-    S: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, CLIPPED: tl.constexpr,
-    CHUNKS: tl.constexpr, BW: tl.constexpr,
+    q_words, q_scale, row,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
-    """`_pieces` of rows `row`, the first so many -> their (halves, those of the low plane, scale, zero), by way of this
-    program's place in memory."""
-    ROWS: tl.constexpr = row.shape[0]
-    PLANES: tl.constexpr = 2 if BITS == 16 else 1
-    place = tl.program_id(0).to(tl.int64) * (PLANES * ROWS * WORDS)
-    own_scale = q_scale + tl.program_id(0) * (2 * ROWS)
-    _quantize(pieces, q + place * 8, own_scale, clip, S, WORDS * 8, PIECE, BITS, CLIPPED)
-    halves = _halves(q_words + place * 2, row, CHUNKS, BW, WORDS)
+    """Rows `row` of those that `_quantize` has left in this program's place -> (halves, those of the low plane, scale,
+    zero)."""
+    halves = _halves(q_words, row, CHUNKS, BN, BW, WORDS)
     halves_low = halves
     if PLANES == 2:
-        halves_low = _halves(q_words + place * 2, row + ROWS, CHUNKS, BW, WORDS)
-    return halves, halves_low, tl.load(own_scale + 2 * row), tl.load(own_scale + 2 * row + 1)
+        halves_low = _halves(q_words, row + ROWS, CHUNKS, BN, BW, WORDS)
+    return halves, halves_low, tl.load(q_scale + 2 * row), tl.load(q_scale + 2 * row + 1)
 
 
 @triton.jit
@@ -190,6 +193,7 @@ def _single_up(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     CLIPPED: tl.constexpr,
     PIECE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -224,24 +228,25 @@ def _single_up(
         gate_rows = gate_rows + (row_parameters(table, step, row_sum, bias, rows[i], 1, HAS_BIAS),)
         if GATED:
             up_rows = up_rows + (row_parameters(table, step, row_sum, bias, rows[i] + M, 1, HAS_BIAS),)
-    gate_next = _words(words, rows[0], 1, CHUNKS, BW, WORDS)
+    gate_next = _words(words, rows[0], CHUNKS, BW, WORDS)
     if GATED:
-        up_next = _words(words, rows[0] + M, 1, CHUNKS, BW, WORDS)
+        up_next = _words(words, rows[0] + M, CHUNKS, BW, WORDS)
 
-    halves, halves_low, scale, zero = _own_activations(
-        pieces, q, q_words, q_scale, clip, first, I, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
-    )
+    own, own_scale = _place(q, q_scale, 1, WORDS * 8, PLANES)
+    own_words, _ = _place(q_words, q_scale, 1, WORDS * 2, PLANES)
+    _quantize(pieces, own, own_scale, clip, I, WORDS * 8, PIECE, BITS, CLIPPED)
+    halves, halves_low, scale, zero = _own_activations(own_words, own_scale, first, 1, WORDS, PLANES, CHUNKS, BN, BW)
     for i in tl.static_range(STEPS):
         gate = gate_next
         if GATED:
             up = up_next
         if i + 1 < STEPS:
-            gate_next = _words(words, rows[i + 1], 1, CHUNKS, BW, WORDS)
+            gate_next = _words(words, rows[i + 1], CHUNKS, BW, WORDS)
             if GATED:
-                up_next = _words(words, rows[i + 1] + M, 1, CHUNKS, BW, WORDS)
-        y = activate(_product(gate, halves, halves_low, scale, zero, gate_rows[i], CHUNKS, PLANES), ACTIVATION)
+                up_next = _words(words, rows[i + 1] + M, CHUNKS, BW, WORDS)
+        y = activate(_product(gate, halves, halves_low, scale, zero, gate_rows[i], CHUNKS, PLANES, PAIRED), ACTIVATION)
         if GATED:
-            y *= _product(up, halves, halves_low, scale, zero, up_rows[i], CHUNKS, PLANES)
+            y *= _product(up, halves, halves_low, scale, zero, up_rows[i], CHUNKS, PLANES, PAIRED)
         y = tl.sum(tl.where(live[i], y, 0.0), 0)
         tl.store(out + target[i], y.to(out.dtype.element_ty), mask=target[i] >= 0)
 
@@ -268,32 +273,48 @@ def _single_down(
     WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     CLIPPED: tl.constexpr,
     PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [TOP_K, M] -> out [N]: a program sums BN rows over the token's experts, which sit side by side in SLOTS."""
+    """x [TOP_K, M] -> out [N]: a program sums BN rows over the token's experts, SLOTS of which sit side by side."""
     CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
+    TURNS: tl.constexpr = TOP_K // SLOTS
     PLANES: tl.constexpr = 2 if BITS == 16 else 1
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    slot = tl.minimum(tl.arange(0, SLOTS), TOP_K - 1)
-    e = tl.load(expert + slot)  # `up` has waited for them
-    live = (tl.arange(0, SLOTS) < TOP_K) & (e >= 0) & (e < E)
-    row = tl.where(live, e, 0).to(tl.int64)[:, None] * N + tl.minimum(n, N - 1)[None, :]
-    parameters = row_parameters(table, step, row_sum, bias, row, 1, HAS_BIAS)
-    share = tl.load(pair_weight + slot).to(tl.float32)
-    chunks = _words(words, row, TOP_K, CHUNKS, BW, WORDS)
+    live = ()
+    share = ()
+    parameters = ()
+    chunks = ()
+    for turn in tl.static_range(TURNS):
+        slot = turn * SLOTS + tl.arange(0, SLOTS)
+        e = tl.load(expert + slot)  # `up` has waited for them
+        routed = (e >= 0) & (e < E)
+        row = tl.where(routed, e, 0).to(tl.int64)[:, None] * N + tl.minimum(n, N - 1)[None, :]
+        live = live + (routed,)
+        share = share + (tl.load(pair_weight + slot).to(tl.float32),)
+        parameters = parameters + (row_parameters(table, step, row_sum, bias, row, 1, HAS_BIAS),)
+        chunks = chunks + (_words(words, row, CHUNKS, BW, WORDS),)
     follow(PDL)
 
-    halves, halves_low, scale, zero = _own_activations(
-        _pieces(x, slot, M, PIECE), q, q_words, q_scale, clip, slot, M, WORDS, PIECE, BITS, CLIPPED, CHUNKS, BW
-    )
-    y = _product(chunks, halves, halves_low, scale, zero, parameters, CHUNKS, PLANES) * share[:, None]
-    y = tl.sum(tl.where(live[:, None], y, 0.0), 0)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
+    own, own_scale = _place(q, q_scale, ROWS, WORDS * 8, PLANES)
+    own_words, _ = _place(q_words, q_scale, ROWS, WORDS * 2, PLANES)
+    pieces = _pieces(x, tl.minimum(tl.arange(0, ROWS), TOP_K - 1), M, PIECE)
+    _quantize(pieces, own, own_scale, clip, M, WORDS * 8, PIECE, BITS, CLIPPED)
+    total = tl.zeros([BN], tl.float32)
+    for turn in tl.static_range(TURNS):
+        slot = turn * SLOTS + tl.arange(0, SLOTS)
+        halves, halves_low, scale, zero = _own_activations(
+            own_words, own_scale, slot, ROWS, WORDS, PLANES, CHUNKS, BN, BW
+        )
+        y = _product(chunks[turn], halves, halves_low, scale, zero, parameters[turn], CHUNKS, PLANES, PAIRED)
+        total += tl.sum(tl.where(live[turn][:, None], y * share[turn][:, None], 0.0), 0)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 def _places(programs: int, rows: int, words: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,14 +344,15 @@ def single_up(
     tiles = top_k * triton.cdiv(M, config.rows)
     steps = triton.cdiv(tiles, programs)
     programs = triton.cdiv(tiles, steps)
+    table, paired = weight.dot_table(2 if bits == 16 else 1)
     out = torch.empty(top_k, M, dtype=x.dtype, device=x.device)
     q, q_words, q_scale = _places(programs, 1, words, bits, x.device)
     _single_up[(programs,)](
-        x, q, q_words, q_scale, expert, weight.words, weight.table.view(torch.int64), weight.step, weight.row_sum,
+        x, q, q_words, q_scale, expert, weight.words, table, weight.step, weight.row_sum,
         bias if bias is not None else q_scale, out, clip, E,
         TOP_K=top_k, I=weight.in_features, M=M, WORDS=words, GATED=gated, ACTIVATION=activation,
-        HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=triton.next_power_of_2(words * 8), STEPS=steps,
-        BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)), num_warps=config.warps,
+        HAS_BIAS=bias is not None, BITS=bits, PAIRED=paired, CLIPPED=clip != 1, PIECE=triton.next_power_of_2(words * 8),
+        STEPS=steps, BN=config.rows, BW=step_words(words, config.words), num_warps=config.warps,
         **pdl.options, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -349,14 +371,16 @@ def single_down(
 ) -> Tensor:
     """x [top_k, M] of `single_up`, expert and pair_weight [1, top_k], one codebook group per row -> [1, N]."""
     (E, N, words), (top_k, M) = weight.words.shape, x.shape
-    slots, programs = triton.next_power_of_2(top_k), triton.cdiv(N, config.rows)
+    slots, most = together(top_k, config.words)
+    quantized, programs = triton.next_power_of_2(top_k), triton.cdiv(N, config.rows)
+    table, paired = weight.dot_table(2 if bits == 16 else 1)
     out = torch.empty(1, N, dtype=x.dtype, device=x.device)
-    q, q_words, q_scale = _places(programs, slots, words, bits, x.device)
+    q, q_words, q_scale = _places(programs, quantized, words, bits, x.device)
     _single_down[(programs,)](
-        x, q, q_words, q_scale, expert, pair_weight, weight.words, weight.table.view(torch.int64), weight.step,
-        weight.row_sum, bias if bias is not None else q_scale, out, clip, N, E,
-        TOP_K=top_k, M=M, WORDS=words, HAS_BIAS=bias is not None, BITS=bits, CLIPPED=clip != 1, PIECE=PIECE,
-        SLOTS=slots, BN=config.rows, BW=min(config.words, triton.next_power_of_2(words)),
-        num_warps=config.warps, **pdl.options, maxnreg=config.registers, enable_fp_fusion=False,
+        x, q, q_words, q_scale, expert, pair_weight, weight.words, table, weight.step, weight.row_sum,
+        bias if bias is not None else q_scale, out, clip, N, E,
+        TOP_K=top_k, M=M, WORDS=words, HAS_BIAS=bias is not None, BITS=bits, PAIRED=paired, CLIPPED=clip != 1,
+        PIECE=PIECE, ROWS=quantized, SLOTS=slots, BN=config.rows, BW=step_words(words, most), num_warps=config.warps,
+        **pdl.options, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
