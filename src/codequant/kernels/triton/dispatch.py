@@ -99,6 +99,11 @@ class Generation:
             return Launch.PLAIN
         return Launch.EARLY if rows <= self.early_rows else Launch.CHAINED
 
+    @property
+    def routing_pdl(self) -> Launch:
+        """Of the kernels that list experts, which are small for any number of pairs."""
+        return self.pdl(0)
+
     def takes_single_up(self, form: Form, top_k: int, rows: int, words: int, groups: int) -> bool:
         """Whether `single_up` runs one token with so many intermediate rows: it keeps its tiles' tables in registers,
         and `single_down` its weights."""
@@ -163,14 +168,14 @@ def _uniform(density: float, tokens: int, up: Tile, down: Tile) -> GroupedConfig
 
 
 _LEVELS = (
-    GroupedConfig(12, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)),
+    GroupedConfig(12, 16, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3, 96), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)),
     _uniform(24, 32, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
     _uniform(48, 64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3)),
     GroupedConfig(128, 128, Tile(64, 64, 4, 4), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 4), Tile(128, 64, 4, 3)),
     GroupedConfig(_HUGE, 128, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)),
 )
 _FIXED16 = (
-    GroupedConfig(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 256, 4, 3)),
+    GroupedConfig(16, 16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 4)),
     _uniform(48, 64, Tile(64, 64, 4, 4), Tile(64, 128, 4, 3)),
     GroupedConfig(_HUGE, 64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 4, 3)),
 )
@@ -181,18 +186,16 @@ _FLOAT16 = (
 
 _overlap = partial(Tile, overlap=True)
 _LEVELS_90 = (
-    replace(_LEVELS[0], down=_overlap(64, 64, 4, 4, 128)),
+    replace(_LEVELS[0], down=_overlap(64, 64, 4, 5, 128)),
     GroupedConfig(
         24, 32, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
-    ),
-    GroupedConfig(
-        48, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), Tile(64, 128, 4, 3), _overlap(128, 128, 8, 3)
     ),
     GroupedConfig(
         72, 64, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
     ),
     replace(
-        _uniform(_HUGE, 128, _overlap(64, 64, 4, 3), _overlap(64, 64, 4, 3)), wide_up=_overlap(128, 128, 8, 3, span=16)
+        _uniform(_HUGE, 128, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4, span=4)),
+        wide_up=_overlap(128, 128, 8, 3, span=16),
     ),
 )
 _FIXED16_90 = (
@@ -200,19 +203,17 @@ _FIXED16_90 = (
     GroupedConfig(
         24, 32, _overlap(64, 128, 4, 3), _overlap(64, 64, 4, 4), _overlap(64, 128, 4, 3), _overlap(64, 128, 4, 3)
     ),
-    GroupedConfig(
-        48, 64, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4), _overlap(128, 128, 8, 3), _overlap(128, 128, 8, 3)
-    ),
+    _uniform(48, 64, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
 )
 _FLOAT16_90 = (
     _uniform(16, 16, _overlap(64, 128, 4, 4), _overlap(64, 64, 4, 4)),
-    _uniform(48, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
+    _uniform(24, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
     _uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)),
     GroupedConfig(
         _HUGE,
         128,
         _overlap(128, 64, 8, 3),
-        _overlap(128, 64, 8, 3),
+        _overlap(128, 64, 8, 3, span=16),
         _overlap(128, 64, 8, 4, span=16),
         _overlap(128, 64, 8, 4),
     ),
@@ -222,7 +223,8 @@ _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
 _LINEAR: dict[Form, tuple[LinearConfig, ...]] = {
     Form.LEVELS: (
         _FEW,
-        LinearConfig(2**19, 32, Tile(64, 256, 4, 3)),
+        LinearConfig(2**19, 64, Tile(64, 256, 4, 3)),
+        LinearConfig(2**20, 64, Tile(64, 128, 4, 4)),
         LinearConfig(2**21, 128, Tile(64, 128, 4, 3)),
         LinearConfig(_HUGE, 128, Tile(128, 64, 4, 3)),
     ),
@@ -276,7 +278,7 @@ HOPPER = replace(
     grouped={Form.LEVELS: _LEVELS_90, Form.FIXED16: _FIXED16_90, Form.FLOAT16: _FLOAT16_90},
     linear=_LINEAR_90,
     fixed_density=48,
-    early_rows=2048,
+    early_rows=8192,
 )
 NEWER = replace(AMPERE, early_rows=HOPPER.early_rows)  # without the instructions, or the dialect, of `overlapped`
 

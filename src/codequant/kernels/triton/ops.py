@@ -60,7 +60,7 @@ def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
     config = chip.pick(layer_bits, len(expert), pairs, experts)
     if config is None:
         return empty_routing(expert, experts).tensors
-    return launch_route(expert.contiguous(), experts, config.tokens, chip.pdl(pairs)).tensors
+    return launch_route(expert.contiguous(), experts, config.tokens, chip.routing_pdl).tensors
 
 
 @route.register_fake
