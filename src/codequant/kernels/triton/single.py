@@ -150,9 +150,9 @@ def _product(
 
 
 @triton.jit
-def _place(q, q_scale, ROWS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
-    """This program's own planes and scales."""
-    return q + tl.program_id(0).to(tl.int64) * (PLANES * ROWS * WORDS), q_scale + tl.program_id(0) * (2 * ROWS)
+def _place(buffer, SIZE: tl.constexpr):
+    """This program's place in a buffer that has one of SIZE elements for each."""
+    return buffer + tl.program_id(0).to(tl.int64) * SIZE
 
 
 @triton.jit
@@ -232,9 +232,8 @@ def _single_up(
     if GATED:
         up_next = _words(words, rows[0] + M, CHUNKS, BW, WORDS)
 
-    own, own_scale = _place(q, q_scale, 1, WORDS * 8, PLANES)
-    own_words, _ = _place(q_words, q_scale, 1, WORDS * 2, PLANES)
-    _quantize(pieces, own, own_scale, clip, I, WORDS * 8, PIECE, BITS, CLIPPED)
+    own_words, own_scale = _place(q_words, PLANES * WORDS * 2), _place(q_scale, 2)
+    _quantize(pieces, _place(q, PLANES * WORDS * 8), own_scale, clip, I, WORDS * 8, PIECE, BITS, CLIPPED)
     halves, halves_low, scale, zero = _own_activations(own_words, own_scale, first, 1, WORDS, PLANES, CHUNKS, BN, BW)
     for i in tl.static_range(STEPS):
         gate = gate_next
@@ -302,10 +301,9 @@ def _single_down(
         chunks = chunks + (_words(words, row, CHUNKS, BW, WORDS),)
     follow(PDL)
 
-    own, own_scale = _place(q, q_scale, ROWS, WORDS * 8, PLANES)
-    own_words, _ = _place(q_words, q_scale, ROWS, WORDS * 2, PLANES)
+    own_words, own_scale = _place(q_words, PLANES * ROWS * WORDS * 2), _place(q_scale, 2 * ROWS)
     pieces = _pieces(x, tl.minimum(tl.arange(0, ROWS), TOP_K - 1), M, PIECE)
-    _quantize(pieces, own, own_scale, clip, M, WORDS * 8, PIECE, BITS, CLIPPED)
+    _quantize(pieces, _place(q, PLANES * ROWS * WORDS * 8), own_scale, clip, M, WORDS * 8, PIECE, BITS, CLIPPED)
     total = tl.zeros([BN], tl.float32)
     for turn in tl.static_range(TURNS):
         slot = turn * SLOTS + tl.arange(0, SLOTS)
