@@ -65,11 +65,11 @@ def padded_group(group_size: int) -> int:
     return -(-group_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
-def _order(entries: int) -> list[int]:
-    """Which entry of an ascending codebook is stored at each place."""
-    if entries < ENTRIES:  # the places of the others hold zeros, and each entry is beside one
-        return list(range(entries))
-    return [*range(0, ENTRIES, 2), *range(1, ENTRIES, 2)]
+def _order(entries: int, device: torch.device) -> Tensor:
+    """int64 [entries]: which entry of an ascending codebook is stored at each place."""
+    order = torch.arange(entries, device=device)
+    # Of fewer than sixteen each is beside a place that holds zero.
+    return order if entries < ENTRIES else order.view(-1, 2).T.flatten()
 
 
 def paired_entries(table: Tensor) -> Tensor | None:
@@ -108,7 +108,7 @@ def indices_from_words(words: Tensor, groups: int, in_features: int) -> Tensor:
 def _repack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One matrix: (words, table, step, row_sum), without the leading E; the table int8 [O, G, 16]."""
     O, G, K = weight.codebook.shape
-    order = torch.tensor(_order(K), device=weight.codebook.device)
+    order = _order(K, weight.codebook.device)
     indices = unpack_indices(weight.packed, weight.bits, weight.in_features)
     words = words_from_indices(order.argsort().to(torch.uint8)[indices.int()], G)
     table = torch.nn.functional.pad(weight.codebook[..., order], (0, ENTRIES - K))
@@ -136,7 +136,7 @@ def to_triton(weight: PackedWeight) -> TritonWeight:
 
 def from_triton(weight: TritonWeight) -> PackedWeight:
     """Inverse of `to_triton`, bit for bit."""
-    G, order = weight.groups, torch.tensor(_order(2**weight.bits), device=weight.words.device)
+    G, order = weight.groups, _order(2**weight.bits, weight.words.device)
     packed = torch.stack(
         [
             pack_indices(order.to(torch.uint8)[indices_from_words(words, G, weight.in_features).int()], weight.bits)
