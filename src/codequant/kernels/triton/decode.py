@@ -8,6 +8,8 @@ indices, the gate, its activation and `up` share a program, and `down` sums a to
 programmatic dependent launch (PDL) a program asks for its first weights before the activations it needs are finished.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,14 @@ def _table(table, index):
     """The four registers of each table, index counting tables."""
     low, high = tl.load(table + index * 2), tl.load(table + index * 2 + 1)
     return low.to(tl.int32), (low >> 32).to(tl.int32), high.to(tl.int32), (high >> 32).to(tl.int32)
+
+
+@triton.jit
+def routed_experts(expert, pair, E):
+    """(whether the pairs' experts are among the E here, these as int64); the first one for the others."""
+    e = tl.load(expert + pair)
+    routed = (e >= 0) & (e < E)
+    return routed, tl.where(routed, e, 0).to(tl.int64)
 
 
 @triton.jit
@@ -104,31 +114,34 @@ def _accumulate(
 
 @triton.jit
 def _multiply(
-    gate, up, x, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
+    gate, up, x, plane, x_at, word, gate_words, up_words, gate_rows, up_rows, table, step, row, N,
     GATED: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, BW: tl.constexpr,
     PAIRED: tl.constexpr, BN: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Accumulators += the products of this chunk of weights with one plane of the activations."""
-    first, second = _activations(x, x_at, word, WORDS, WORDS_PER_GROUP, BN, BW, REDUCE)
-    gate = _accumulate(
-        gate, gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP, PAIRED
-    )
-    if GATED:
-        up = _accumulate(
-            up, up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP, PAIRED
+    """Accumulators, one for each plane of the activations, + the products of this chunk of weights."""
+    gates = ()
+    ups = ()
+    for p in tl.static_range(len(gate)):
+        first, second = _activations(x + p * plane, x_at, word, WORDS, WORDS_PER_GROUP, BN, BW, REDUCE)
+        total = _accumulate(
+            gate[p], gate_words, first, second, gate_rows[0], table, step, row, word, G, WORDS_PER_GROUP, PAIRED
         )
-    return gate, up
+        gates = gates + (total,)
+        if GATED:
+            total = _accumulate(
+                up[p], up_words, first, second, up_rows[0], table, step, row + N, word, G, WORDS_PER_GROUP, PAIRED
+            )
+        ups = ups + (total,)
+    return gates, ups
 
 
 @triton.jit
-def finish(high, mid, low, scale, zero, parameters, PLANES: tl.constexpr):
-    """Accumulators [SLOTS, BN, BW], one for each plane -> float32 results [SLOTS, BN]."""
+def finish(planes, scale, zero, parameters):
+    """Accumulators [SLOTS, BN, BW], high planes first -> float32 results [SLOTS, BN]."""
     _, step, row_sum, bias = parameters
-    y = tl.sum(high, 2).to(tl.float32)
-    if PLANES >= 2:
-        y = y * 256.0 + tl.sum(mid, 2).to(tl.float32)
-    if PLANES == 3:
-        y = y * 256.0 + tl.sum(low, 2).to(tl.float32)
+    y = tl.sum(planes[0], 2).to(tl.float32)
+    for p in tl.static_range(1, len(planes)):
+        y = y * 256.0 + tl.sum(planes[p], 2).to(tl.float32)
     return y * step * scale[:, None] + zero[:, None] * row_sum + bias
 
 
@@ -201,9 +214,7 @@ def _decode(
         slot = turn * SLOTS + tl.arange(0, SLOTS)
         pair = pair + ((q * TOP_K if REDUCE else q) + slot,)
         if ROUTED:  # older than the kernel before this one, which waited for it; pairs without an expert are left out
-            e = tl.load(expert + pair[turn])
-            routed = (e >= 0) & (e < E)
-            e = tl.where(routed, e, 0).to(tl.int64)
+            routed, e = routed_experts(expert, pair[turn], E)
         else:
             routed = slot >= 0
             e = tl.zeros([SLOTS], tl.int64)
@@ -227,14 +238,13 @@ def _decode(
     follow(PDL)
 
     DTYPE: tl.constexpr = tl.int32 if G == 1 else tl.float32
+    none = ()
+    for _ in tl.static_range(PLANES):
+        none = none + (tl.zeros([SLOTS, BN, BW], DTYPE),)
     total = tl.zeros([BN], tl.float32)
     for turn in tl.static_range(TURNS):
-        gate = tl.zeros([SLOTS, BN, BW], DTYPE)
-        up = tl.zeros([SLOTS, BN, BW], DTYPE)
-        gate_mid = tl.zeros([SLOTS, BN, BW], DTYPE)
-        up_mid = tl.zeros([SLOTS, BN, BW], DTYPE)
-        gate_low = tl.zeros([SLOTS, BN, BW], DTYPE)
-        up_low = tl.zeros([SLOTS, BN, BW], DTYPE)
+        gate = none
+        up = none
         x_row = pair[turn] if REDUCE else pair[turn] // TOP_K
         x_at = x_row.to(tl.int64) * (2 * WORDS)
         for i in tl.static_range(CHUNKS):
@@ -245,25 +255,15 @@ def _decode(
                 gates, ups = _ask(gates, ups, weight, turn * CHUNKS + i + AHEAD, c, N, CHUNKS, GATED, WORDS, BW)
 
             gate, up = _multiply(
-                gate, up, x, x_at, word, gate_words, up_words, gate_rows[turn], up_rows, table, step, row[turn], N,
-                GATED, G, WORDS, WORDS_PER_GROUP, BW, PAIRED, BN, REDUCE,
+                gate, up, x, plane, x_at, word, gate_words, up_words, gate_rows[turn], up_rows, table, step, row[turn],
+                N, GATED, G, WORDS, WORDS_PER_GROUP, BW, PAIRED, BN, REDUCE,
             )  # fmt: skip
-            if PLANES >= 2:
-                gate_mid, up_mid = _multiply(
-                    gate_mid, up_mid, x + plane, x_at, word, gate_words, up_words, gate_rows[turn], up_rows, table,
-                    step, row[turn], N, GATED, G, WORDS, WORDS_PER_GROUP, BW, PAIRED, BN, REDUCE,
-                )  # fmt: skip
-            if PLANES == 3:
-                gate_low, up_low = _multiply(
-                    gate_low, up_low, x + 2 * plane, x_at, word, gate_words, up_words, gate_rows[turn], up_rows, table,
-                    step, row[turn], N, GATED, G, WORDS, WORDS_PER_GROUP, BW, PAIRED, BN, REDUCE,
-                )  # fmt: skip
 
         scale = tl.load(x_scale + x_row)
         zero = tl.load(x_zero + x_row)
-        y = activate(finish(gate, gate_mid, gate_low, scale, zero, gate_rows[turn], PLANES), ACTIVATION)
+        y = activate(finish(gate, scale, zero, gate_rows[turn]), ACTIVATION)
         if GATED:
-            y *= finish(up, up_mid, up_low, scale, zero, up_rows, PLANES)
+            y *= finish(up, scale, zero, up_rows)
         if REDUCE:
             y = y * share[turn][:, None]
         total += tl.sum(tl.where(live[turn][:, None], y, 0.0), 0)  # [BN]
@@ -277,6 +277,7 @@ def together(top_k: int, words: int) -> tuple[int, int]:
     return slots, words * triton.next_power_of_2(top_k) // slots
 
 
+@cache
 def step_words(words: int, most: int) -> int:
     """The longest step, a power of two up to `most`, that pads a row of so many words by an eighth or less."""
     steps = [most >> i for i in range(most.bit_length() - 4)]  # of 16 words or more

@@ -27,6 +27,7 @@ from codequant.kernels.triton.decode import (
     add_products,
     finish,
     load_words,
+    routed_experts,
     row_parameters,
     step_words,
     together,
@@ -137,16 +138,12 @@ def _dot(chunks, halves, parameters, CHUNKS: tl.constexpr, PAIRED: tl.constexpr)
 
 
 @triton.jit
-def _product(
-    chunks, halves, halves_low, scale, zero, parameters,
-    CHUNKS: tl.constexpr, PLANES: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """float32 [SLOTS, BN]."""
-    high = _dot(chunks, halves, parameters, CHUNKS, PAIRED)
-    low = high
-    if PLANES == 2:
-        low = _dot(chunks, halves_low, parameters, CHUNKS, PAIRED)
-    return finish(high, low, low, scale, zero, parameters, PLANES)
+def _product(chunks, planes, scale, zero, parameters, CHUNKS: tl.constexpr, PAIRED: tl.constexpr):
+    """float32 [SLOTS, BN]; planes: a tuple of `_halves`."""
+    sums = ()
+    for p in tl.static_range(len(planes)):
+        sums = sums + (_dot(chunks, planes[p], parameters, CHUNKS, PAIRED),)
+    return finish(sums, scale, zero, parameters)
 
 
 @triton.jit
@@ -161,13 +158,11 @@ def _own_activations(
     ROWS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` of those that `_quantize` has left in this program's place -> (halves, those of the low plane, scale,
-    zero)."""
-    halves = _halves(q_words, row, CHUNKS, BN, BW, WORDS)
-    halves_low = halves
-    if PLANES == 2:
-        halves_low = _halves(q_words, row + ROWS, CHUNKS, BN, BW, WORDS)
-    return halves, halves_low, tl.load(q_scale + 2 * row), tl.load(q_scale + 2 * row + 1)
+    """Rows `row` of what `_quantize` has left in this program's place -> (`_halves` of each plane, scale, zero)."""
+    planes = ()
+    for p in tl.static_range(PLANES):
+        planes = planes + (_halves(q_words, row + p * ROWS, CHUNKS, BN, BW, WORDS),)
+    return planes, tl.load(q_scale + 2 * row), tl.load(q_scale + 2 * row + 1)
 
 
 @triton.jit
@@ -215,9 +210,8 @@ def _single_up(
         tile = tl.minimum(tl.program_id(0) * STEPS + i, TOP_K * TILES - 1)  # the last one more than once
         pair = tile // TILES
         n = tile % TILES * BN + tl.arange(0, BN)
-        e = tl.load(expert + pair)
-        routed = (e >= 0) & (e < E)
-        row = tl.where(routed, e, 0).to(tl.int64) * (2 * M if GATED else M) + tl.minimum(n, M - 1)
+        routed, e = routed_experts(expert, pair, E)
+        row = e * (2 * M if GATED else M) + tl.minimum(n, M - 1)
         rows = rows + (row[None, :],)
         live = live + (routed,)
         target = target + (tl.where(n < M, pair * M + n, -1),)
@@ -234,7 +228,7 @@ def _single_up(
 
     own_words, own_scale = _place(q_words, PLANES * WORDS * 2), _place(q_scale, 2)
     _quantize(pieces, _place(q, PLANES * WORDS * 8), own_scale, clip, I, WORDS * 8, PIECE, BITS, CLIPPED)
-    halves, halves_low, scale, zero = _own_activations(own_words, own_scale, first, 1, WORDS, PLANES, CHUNKS, BN, BW)
+    planes, scale, zero = _own_activations(own_words, own_scale, first, 1, WORDS, PLANES, CHUNKS, BN, BW)
     for i in tl.static_range(STEPS):
         gate = gate_next
         if GATED:
@@ -243,9 +237,9 @@ def _single_up(
             gate_next = _words(words, rows[i + 1], CHUNKS, BW, WORDS)
             if GATED:
                 up_next = _words(words, rows[i + 1] + M, CHUNKS, BW, WORDS)
-        y = activate(_product(gate, halves, halves_low, scale, zero, gate_rows[i], CHUNKS, PLANES, PAIRED), ACTIVATION)
+        y = activate(_product(gate, planes, scale, zero, gate_rows[i], CHUNKS, PAIRED), ACTIVATION)
         if GATED:
-            y *= _product(up, halves, halves_low, scale, zero, up_rows[i], CHUNKS, PLANES, PAIRED)
+            y *= _product(up, planes, scale, zero, up_rows[i], CHUNKS, PAIRED)
         y = tl.sum(tl.where(live[i], y, 0.0), 0)
         tl.store(out + target[i], y.to(out.dtype.element_ty), mask=target[i] >= 0)
 
@@ -292,9 +286,8 @@ def _single_down(
     chunks = ()
     for turn in tl.static_range(TURNS):
         slot = turn * SLOTS + tl.arange(0, SLOTS)
-        e = tl.load(expert + slot)  # `up` has waited for them
-        routed = (e >= 0) & (e < E)
-        row = tl.where(routed, e, 0).to(tl.int64)[:, None] * N + tl.minimum(n, N - 1)[None, :]
+        routed, e = routed_experts(expert, slot, E)  # `up` has waited for them
+        row = e[:, None] * N + tl.minimum(n, N - 1)[None, :]
         live = live + (routed,)
         share = share + (tl.load(pair_weight + slot).to(tl.float32),)
         parameters = parameters + (row_parameters(table, step, row_sum, bias, row, 1, HAS_BIAS),)
@@ -307,10 +300,8 @@ def _single_down(
     total = tl.zeros([BN], tl.float32)
     for turn in tl.static_range(TURNS):
         slot = turn * SLOTS + tl.arange(0, SLOTS)
-        halves, halves_low, scale, zero = _own_activations(
-            own_words, own_scale, slot, ROWS, WORDS, PLANES, CHUNKS, BN, BW
-        )
-        y = _product(chunks[turn], halves, halves_low, scale, zero, parameters[turn], CHUNKS, PLANES, PAIRED)
+        planes, scale, zero = _own_activations(own_words, own_scale, slot, ROWS, WORDS, PLANES, CHUNKS, BN, BW)
+        y = _product(chunks[turn], planes, scale, zero, parameters[turn], CHUNKS, PAIRED)
         total += tl.sum(tl.where(live[turn][:, None], y * share[turn][:, None], 0.0), 0)
     tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
