@@ -487,13 +487,23 @@ def test_exact_experts_with_groups_and_biases(device: torch.device, T: int) -> N
     check_random_routing(random_experts(3, 128, 64, 20, 3, 32, bias=True), device, T, 2, dtype=torch.bfloat16)
 
 
+@pytest.fixture(params=[False, True], ids=["one role", "two roles"])
+def specialized(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 @pytest.fixture(params=["int8", "two planes", "float16"])
-def overlapped(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+def overlapped(
+    request: pytest.FixtureRequest, specialized: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> int:
     """Lookups beside products for every batch; the activations' bits."""
     if device.type != "cuda" or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU of compute capability 9.0")
     tile = Tile(64, 128, 4, 3, overlap=True, span=3)
-    blocks = (dispatch._uniform(float("inf"), 32, tile, replace(tile, rows=128, bytes=64, warps=8, stages=4)),)
+    large = replace(tile, rows=128, bytes=64, warps=8, stages=4)
+    if specialized:
+        tile, large = replace(tile, registers=128, specialized=True), replace(large, registers=168, specialized=True)
+    blocks = (dispatch._uniform(float("inf"), 32, tile, large),)
     linear = (dispatch.LinearConfig(float("inf"), 64, tile),)
     forms = (Form.LEVELS, Form.FIXED16, Form.FLOAT16)
     generation = replace(

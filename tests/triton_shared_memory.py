@@ -44,7 +44,7 @@ def shared_memory(capability: int, form: Form, tokens: int, gated: bool, tile: T
         ACTIVATION="silu" if gated else "none", HAS_BIAS=False, PLANES=form.planes, FLOAT=item == 2, BM=tokens,
         BN=tile.rows, BK=tile.bytes // item, STAGES=tile.stages, PDL=False,
     )  # fmt: skip
-    constants |= dict(SPAN=tile.span) if tile.overlap else dict(G=1)
+    constants |= dict(SPAN=tile.span, SPECIALIZED=tile.specialized) if tile.overlap else dict(G=1)
     types = POINTERS | (dict(x="fp16", packed="u16") if item == 2 else {})
     signature = {name: f"*{dtype}" for name, dtype in types.items()} | dict.fromkeys(NUMBERS, "i32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}

@@ -47,6 +47,7 @@ class Tile:
     registers: int | None = None  # per thread at most, so that more programs share a multiprocessor
     overlap: bool = False  # by `overlapped` where it serves the weight: twice the rows, unless gate and up are these
     span: int = 1  # with overlap: blocks of tokens that go through the rows together
+    specialized: bool = False  # with overlap: four more warps, which copy, share the registers of the launch
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ _FLOAT16 = (
 )
 
 _overlap = partial(Tile, overlap=True)
+_specialize_4 = partial(_overlap, warps=4, registers=128, specialized=True)  # two programs share a multiprocessor
+_specialize_8 = partial(_overlap, warps=8, registers=168, specialized=True)
 _LEVELS_90 = (
     replace(_LEVELS[0], down=_overlap(64, 64, 4, 5, 128)),
     GroupedConfig(
@@ -195,7 +198,8 @@ _LEVELS_90 = (
     ),
     replace(
         _uniform(_HUGE, 128, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4, span=4)),
-        wide_up=_overlap(128, 128, 8, 3, span=16),
+        wide_up=_specialize_4(64, 64, stages=4, span=8),
+        wide_down=_specialize_4(64, 64, stages=4),
     ),
 )
 _FIXED16_90 = (
@@ -208,14 +212,14 @@ _FIXED16_90 = (
 _FLOAT16_90 = (
     _uniform(16, 16, _overlap(64, 128, 4, 4), _overlap(64, 64, 4, 4)),
     _uniform(24, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
-    _uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)),
-    GroupedConfig(
-        _HUGE,
-        128,
-        _overlap(128, 64, 8, 3),
-        _overlap(128, 64, 8, 3, span=16),
-        _overlap(128, 64, 8, 4, span=16),
-        _overlap(128, 64, 8, 4),
+    replace(
+        _uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)),
+        wide_down=_specialize_4(64, 64, stages=4),
+    ),
+    _uniform(512, 128, _specialize_8(128, 64, stages=4), _specialize_8(128, 64, stages=4)),
+    replace(
+        _uniform(_HUGE, 128, _specialize_8(128, 64, stages=4), _specialize_8(128, 64, stages=4)),
+        wide_up=_specialize_8(128, 64, stages=4, span=8),
     ),
 )
 
@@ -242,11 +246,14 @@ _LINEAR: dict[Form, tuple[LinearConfig, ...]] = {
     ),
 }
 _LINEAR_90 = {
-    Form.LEVELS: (*_LINEAR[Form.LEVELS][:-1], LinearConfig(_HUGE, 128, _overlap(64, 64, 4, 3, span=8))),
+    Form.LEVELS: (
+        _FEW, LinearConfig(2**17, 32, Tile(64, 128, 4, 4)), *_LINEAR[Form.LEVELS][1:-1],
+        LinearConfig(_HUGE, 128, _overlap(64, 64, 4, 3, span=8)),
+    ),
     Form.FIXED16: _LINEAR[Form.FIXED16],
     Form.FLOAT16: (
         *_LINEAR[Form.FLOAT16][:-1], LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
-        LinearConfig(_HUGE, 128, _overlap(128, 64, 8, 3)),
+        LinearConfig(_HUGE, 128, _specialize_8(128, 64, stages=4)),
     ),
 }  # fmt: skip
 

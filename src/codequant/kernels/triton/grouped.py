@@ -245,7 +245,9 @@ def grouped(
     if overlapped and overlapped.serves(weight):
         rows = tile.rows if gated else 2 * tile.rows
         BK = overlapped.step_bytes(P // 2, tile.bytes) // item
-        overlapped.kernel[(triton.cdiv(N, rows), blocks)](*arguments, BK=BK, SPAN=tile.span, **constants)
+        overlapped.kernel[(triton.cdiv(N, rows), blocks)](
+            *arguments, BK=BK, SPAN=tile.span, SPECIALIZED=tile.specialized, **constants
+        )
     else:
         BK = min(tile.bytes, triton.next_power_of_2(P // 2)) // item
         _grouped[(triton.cdiv(N, tile.rows), blocks)](*arguments, G=G, BK=BK, **constants)

@@ -2,7 +2,11 @@
 
 Triton waits for a tensor-core product whose operand is in registers before it goes on. Here, in its explicit dialect
 Gluon, a program owns two blocks of weight rows (of the gate and of `up`, or two neighbours) and looks up one while the
-products of the other run.
+products of the other run. SPECIALIZED, a warp group of its own copies what the others multiply: their lookups and
+products then wait for nothing else, which pays where products take most of the time.
+
+Copies and products belong to different proxies of shared memory. Like CUTLASS's pipelines of `cp.async` and Triton's
+own, this one has no proxy fence between them: one per step takes 1 to 12%.
 
 Triton's interpreter cannot run this: tests/test_kernels_triton.py compares it with its twin on a GPU.
 """
@@ -11,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -20,6 +25,7 @@ from codequant.kernels.triton import epilogue, grouped, launch, ptx, routing
 from codequant.kernels.triton.layout import TritonWeight
 
 SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
+COPY_WARPS, COPY_REGISTERS = gl.constexpr(4), gl.constexpr(40)  # of the warp group that copies
 
 _activate = gluon.jit(epilogue.activate.fn)
 _block_range = gluon.jit(routing.block_range.fn)
@@ -27,6 +33,7 @@ _follow = gluon.jit(launch.follow.fn)
 _lookup_bytes = gluon.jit(ptx.lookup_bytes.fn)
 _lookup_pairs = gluon.jit(ptx.lookup_pairs.fn)
 _tables = gluon.jit(grouped.tables.fn)
+_wait = gluon.jit(launch.wait.fn)
 
 
 def serves(weight: TritonWeight) -> bool:
@@ -38,6 +45,44 @@ def serves(weight: TritonWeight) -> bool:
 def step_bytes(row_bytes: int, most: int) -> int:
     """`most`, if a row of so many bytes is two or more of these, else SHORTEST_STEP."""
     return most if row_bytes % most == 0 and row_bytes > most else SHORTEST_STEP
+
+
+@gluon.jit
+def _rows(e, row_block, N, GATED: gl.constexpr, BN: gl.constexpr):
+    """The first of expert e's weight rows and, from there, the first row of each of the two blocks of a program and the
+    last that the second one may have."""
+    if GATED:
+        first = row_block * BN
+        return gl.cast(e, gl.int64) * (2 * N), first, first + N, 2 * N - 1
+    else:
+        first = row_block * (2 * BN)
+        return gl.cast(e, gl.int64) * N, first, first + BN, N - 1
+
+
+@gluon.jit
+def _sources(
+    x, packed, pair, e, row_block, start, end, N,
+    TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, FLOAT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Where the first step copies from: activations [BM, BK], which of their rows are live, both blocks of weights
+    [BN, BK]. A thread copies 16 bytes at a time, without bank conflicts where they are read."""
+    ITEM: gl.constexpr = 2 if FLOAT else 1
+    RUN: gl.constexpr = P // (2 * ITEM)
+    BYTES: gl.constexpr = BK * ITEM
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // BYTES, BYTES // 16], [gl.num_warps(), 1], [1, 0])
+    base, first_row, second_row, last_second = _rows(e, row_block, N, GATED, BN)
+    position = start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
+    live = gl.expand_dims(position < end, 1)
+    x_row = gl.minimum(position, end - 1)
+    if GATHER:
+        x_row = gl.load(pair + x_row) // TOP_K
+    k = gl.expand_dims(gl.arange(0, BK, layout=gl.SliceLayout(0, COPY)), 0)
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, COPY))
+    x_from = x + gl.expand_dims(x_row.to(gl.int64), 1) * P + k
+    first_from = packed + gl.expand_dims(base + gl.minimum(first_row + r, N - 1), 1) * RUN + k
+    second_from = packed + gl.expand_dims(base + gl.minimum(second_row + r, last_second), 1) * RUN + k
+    return x_from, live, first_from, second_from
 
 
 @gluon.jit
@@ -59,6 +104,40 @@ def _copy_activations(
     elif PLANES == 2:
         async_copy.async_copy_global_to_shared(x2.index(slot), x + (plane + k), mask=live)
         async_copy.async_copy_global_to_shared(x3.index(slot), x + (plane + k + RUN), mask=live)
+
+
+@gluon.jit
+def _copy(
+    x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
+    TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, PLANES: gl.constexpr,
+    FLOAT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """The part of the warp group that copies: fills slot after slot, as soon as it is `empty`, and says `full`."""
+    RUN: gl.constexpr = P // 4 if FLOAT else P // 2
+    STEPS: gl.constexpr = RUN // BK
+    x_from, live, first_from, second_from = _sources(
+        x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK
+    )
+    for s in gl.static_range(STAGES):
+        if s < STEPS:
+            _copy_weights(first_from, second_from, first_smem, second_smem, s, s * BK)
+    _wait(PDL)
+    for s in gl.static_range(STAGES):
+        if s < STEPS:
+            _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+            async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+    slot = 0
+    phase = 0
+    for i in range(STAGES, STEPS):
+        mbarrier.wait(empty.index(slot), phase)
+        _copy_weights(first_from, second_from, first_smem, second_smem, slot, i * BK)
+        _copy_activations(x_from, live, x0, x1, x2, x3, slot, i * BK, plane, RUN, PLANES, FLOAT)
+        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
 
 
 @gluon.jit
@@ -96,28 +175,22 @@ def _finish(
 
 
 @gluon.jit
-def _block(
+def _multiply_block(
     x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end, plane, N,
+    first_smem, second_smem, x0, x1, x2, x3, full, empty,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Two blocks of BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
+    """The part of the warps that multiply, and without SPECIALIZED also copy."""
     WARPS: gl.constexpr = gl.num_warps()
     ITEM: gl.constexpr = 2 if FLOAT else 1
     RUN: gl.constexpr = P // (2 * ITEM)  # elements of a packed row, and columns of a run of x
     STEPS: gl.constexpr = RUN // BK
-    BYTES: gl.constexpr = BK * ITEM
     PENDING: gl.constexpr = 4 if FLOAT else 2 * PLANES  # products that `_multiply` starts
 
-    X_TYPE: gl.constexpr = gl.float16 if FLOAT else gl.int8
-    W_TYPE: gl.constexpr = gl.uint16 if FLOAT else gl.uint8
     SUM_TYPE: gl.constexpr = gl.float32 if FLOAT else gl.int32
     OUT_TYPE: gl.constexpr = out.dtype.element_ty
-    # Copies of 16 bytes per thread, without bank conflicts where they are read.
-    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // BYTES, BYTES // 16], [WARPS, 1], [1, 0])
-    W_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16 // ITEM, 128 // BYTES, BYTES // 16, [1, 0])
-    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(BYTES, 8 * ITEM, 2)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 // ITEM])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4 // ITEM)
     TOKEN: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -125,49 +198,23 @@ def _block(
     OUT_SHARED: gl.constexpr = gl.NVMMASharedLayout(128, OUT_TYPE.primitive_bitwidth, 2, transposed=True)
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
 
-    if GATED:
-        base = gl.cast(e, gl.int64) * (2 * N)
-        first_row = row_block * BN
-        second_row = first_row + N
-        last_second = 2 * N - 1
-    else:
-        base = gl.cast(e, gl.int64) * N
-        first_row = row_block * (2 * BN)
-        second_row = first_row + BN
-        last_second = N - 1
-
-    position = start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-    live = gl.expand_dims(position < end, 1)
-    x_row = gl.minimum(position, end - 1)
-    if GATHER:
-        x_row = gl.load(pair + x_row) // TOP_K
-    k = gl.expand_dims(gl.arange(0, BK, layout=gl.SliceLayout(0, COPY)), 0)
-    r = gl.arange(0, BN, layout=gl.SliceLayout(1, COPY))
-    x_from = x + gl.expand_dims(x_row.to(gl.int64), 1) * P + k
-    first_from = packed + gl.expand_dims(base + gl.minimum(first_row + r, N - 1), 1) * RUN + k
-    second_from = packed + gl.expand_dims(base + gl.minimum(second_row + r, last_second), 1) * RUN + k
-
-    first_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
-    second_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
-    x0 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-    x1 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-    x2 = x0
-    x3 = x1
-    if FLOAT or PLANES == 2:
-        x2 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-        x3 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-
-    for s in gl.static_range(STAGES - 1):
-        if s < STEPS:
-            _copy_weights(first_from, second_from, first_smem, second_smem, s, s * BK)
+    base, first_row, second_row, last_second = _rows(e, row_block, N, GATED, BN)
+    if not SPECIALIZED:
+        x_from, live, first_from, second_from = _sources(
+            x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK
+        )
+        for s in gl.static_range(STAGES - 1):
+            if s < STEPS:
+                _copy_weights(first_from, second_from, first_smem, second_smem, s, s * BK)
     r = gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND))
     t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
     u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
     _follow(PDL)  # all of the above is older than the kernel before this one, the quantization
-    for s in gl.static_range(STAGES - 1):
-        if s < STEPS:
-            _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
-        async_copy.commit_group()
+    if not SPECIALIZED:
+        for s in gl.static_range(STAGES - 1):
+            if s < STEPS:
+                _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+            async_copy.commit_group()
 
     # What the results need of each token goes through shared memory: every thread holds results of many tokens.
     token = gl.minimum(start + gl.arange(0, BM, layout=TOKEN), end - 1)
@@ -197,21 +244,32 @@ def _block(
     if PLANES == 2:
         second_low = warpgroup_mma_init(second_low)
     slot = 0
+    phase = 0
     for i in range(STEPS):
-        async_copy.wait_group(STAGES - 2)
+        if SPECIALIZED:
+            mbarrier.wait(full.index(slot), phase)
+        else:
+            async_copy.wait_group(STAGES - 2)
         w = first_smem.index(slot).load(OPERAND)
         v = second_smem.index(slot).load(OPERAND)
         first, first_low = _multiply(first, first_low, w, t0, t1, t2, t3, x0, x1, x2, x3, slot, PLANES, FLOAT)
         second, second_low = warpgroup_mma_wait(PENDING, deps=[second, second_low])  # of the step before
         second, second_low = _multiply(second, second_low, v, u0, u1, u2, u3, x0, x1, x2, x3, slot, PLANES, FLOAT)
         first, first_low = warpgroup_mma_wait(PENDING, deps=[first, first_low])
-        if i + STAGES - 1 < STEPS:  # into the slot of the step before, whose last products have been waited for
-            before = (slot + STAGES - 1) % STAGES
-            ahead = (i + STAGES - 1) * BK
-            _copy_weights(first_from, second_from, first_smem, second_smem, before, ahead)
-            _copy_activations(x_from, live, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
-        async_copy.commit_group()
-        slot = (slot + 1) % STAGES
+        before = (slot + STAGES - 1) % STAGES  # the slot of the step before, whose last products have been waited for
+        if SPECIALIZED:
+            if i > 0:
+                mbarrier.arrive(empty.index(before))
+        else:
+            if i + STAGES - 1 < STEPS:
+                ahead = (i + STAGES - 1) * BK
+                _copy_weights(first_from, second_from, first_smem, second_smem, before, ahead)
+                _copy_activations(x_from, live, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
+            async_copy.commit_group()
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
     second, second_low = warpgroup_mma_wait(0, deps=[second, second_low])
 
     scale = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, SUMS)), 0)
@@ -242,12 +300,73 @@ def _block(
 
 
 @gluon.jit
+def _block(
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end, plane, N,
+    TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Two blocks of BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
+    ITEM: gl.constexpr = 2 if FLOAT else 1
+    BYTES: gl.constexpr = BK * ITEM
+    X_TYPE: gl.constexpr = gl.float16 if FLOAT else gl.int8
+    W_TYPE: gl.constexpr = gl.uint16 if FLOAT else gl.uint8
+    W_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16 // ITEM, 128 // BYTES, BYTES // 16, [1, 0])
+    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(BYTES, 8 * ITEM, 2)
+    first_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
+    second_smem = gl.allocate_shared_memory(W_TYPE, [STAGES, BN, BK], W_SHARED)
+    x0 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    x1 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    x2 = x0
+    x3 = x1
+    if FLOAT or PLANES == 2:
+        x2 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+        x3 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    if SPECIALIZED:
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for s in gl.static_range(STAGES):
+            mbarrier.init(full.index(s), count=32 * COPY_WARPS)
+            mbarrier.init(empty.index(s), count=1)
+        gl.thread_barrier()
+        gl.warp_specialize(
+            [
+                (
+                    _multiply_block,
+                    (
+                        x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block,
+                        start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
+                        TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
+                        SPECIALIZED, PDL,
+                    ),
+                ),
+                (
+                    _copy,
+                    (
+                        x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3,
+                        full, empty, TOP_K, P, GATHER, GATED, PLANES, FLOAT, BM, BN, BK, STAGES, PDL,
+                    ),
+                ),
+            ],
+            [COPY_WARPS],
+            [COPY_REGISTERS],
+        )  # fmt: skip
+    else:
+        _multiply_block(
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end,
+            plane, N, first_smem, second_smem, x0, x1, x2, x3, None, None, TOP_K, P, GATHER, SCATTER, GATED,
+            ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES, SPECIALIZED, PDL,
+        )  # fmt: skip
+
+
+@gluon.jit
 def kernel(
     x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
     pair, block_expert, block_start, block_end, tokens, plane, N, E,
     TOP_K: gl.constexpr, P: gl.constexpr, ROUTED: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPAN: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPAN: gl.constexpr,
+    SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As `grouped._grouped`. Grid (blocks of rows, blocks of tokens); SPAN blocks of tokens share rows at a time."""
     place = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
@@ -264,16 +383,17 @@ def kernel(
         _block(
             x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
             plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 4, BN, BK, STAGES,
-            PDL,
+            SPECIALIZED, PDL,
         )  # fmt: skip
     elif stop - start <= BM // 2:
         _block(
             x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
             plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 2, BN, BK, STAGES,
-            PDL,
+            SPECIALIZED, PDL,
         )  # fmt: skip
     else:
         _block(
             x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
-            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES, PDL,
+            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
+            SPECIALIZED, PDL,
         )  # fmt: skip
