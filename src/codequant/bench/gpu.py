@@ -1,7 +1,8 @@
 """`codequant bench gpu`: the experts' feed-forward on a GPU, against bfloat16, in one run.
 
 Every implementation computes the same function (its weights are the codebook weights, dequantized) and is checked
-against the float32 twin first. Times are of CUDA-graph replays; a graph holds several calls with different tokens and
+against the float32 twin first. Times are of CUDA-graph replays, the implementations in turns, because a GPU at its
+power limit changes its clock from one second to the next; a graph holds several calls with different tokens and
 routings, so that weights come from memory and not from the last call's cache.
 """
 
@@ -36,6 +37,7 @@ TOKENS = (1, 8, 32, 128, 1024, 4096)
 LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
 LINEAR_TOKENS = (1, 8, 32)
 MAX_ERROR = 0.01  # relative, of bf16 results against float32
+TURNS, TURN = 8, 0.02  # of every implementation; seconds
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,25 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_times(graph: torch.cuda.CUDAGraph, calls: int, seconds: float = 0.1) -> list[float]:
-    """Microseconds per call, one number per replay."""
-    for _ in range(3):
-        graph.replay()
+def replay_times(graph: torch.cuda.CUDAGraph, calls: int) -> list[float]:
+    """A turn: microseconds per call, one number per replay."""
+    graph.replay()
     times: list[float] = []
-    while len(times) < 10 or (sum(times) * calls < seconds * 1e6 and len(times) < 200):
+    while len(times) < 3 or (sum(times) * calls < TURN * 1e6 and len(times) < 50):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return times
+
+
+def times_in_turns(graphs: dict[str, torch.cuda.CUDAGraph], calls: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {label: [] for label in graphs}
+    for _ in range(TURNS):
+        for label, graph in graphs.items():
+            times[label] += replay_times(graph, calls)
     return times
 
 
@@ -185,17 +194,17 @@ def _row(
     return row
 
 
-def checked_times(
+def checked(
     what: str, function: Callable[[Call], Tensor], calls: Sequence[Call], expected: Tensor
-) -> tuple[list[float], float]:
-    """Microseconds per call of each replay, and the relative error on the first call. Raises on a wrong result."""
+) -> tuple[torch.cuda.CUDAGraph, float]:
+    """The graph of all calls, and the relative error on the first one. Raises on a wrong result."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     got = function(calls[0]).float()
     torch.use_deterministic_algorithms(False)
     error = float((got - expected).norm() / expected.norm())
     if not error < MAX_ERROR:
         raise RuntimeError(f"{what}: relative error {error:.3g}, expected < {MAX_ERROR}")
-    return replay_times(captured(lambda: [function(call) for call in calls]), len(calls)), error
+    return captured(lambda: [function(call) for call in calls]), error
 
 
 @dataclass(frozen=True)
@@ -224,19 +233,21 @@ def random_layer(shape: Shape) -> Layer:
     return Layer(shape, experts, a8, a16, dequantized(gate_up), dequantized(down))
 
 
-def best_triton_bf16(what: str, layer: Layer, calls: Sequence[Call], expected: Tensor) -> tuple[list[float], float]:
-    """The fastest of the yardstick's configurations."""
+def best_triton_bf16(
+    what: str, layer: Layer, calls: Sequence[Call], expected: Tensor
+) -> tuple[torch.cuda.CUDAGraph, float]:
+    """The fastest of the yardstick's configurations in one turn of each."""
     T, k = calls[0].index.shape
     pdl = generation(layer.down.device).pdl(T * k)
-    results = []
+    found = []
     for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
 
         def one(call: Call, config: triton_bf16.Config = config) -> Tensor:
             return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
 
         with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
-            results.append(checked_times(what, one, calls, expected))
-    return min(results, key=lambda result: statistics.median(result[0]))
+            found.append(checked(what, one, calls, expected))
+    return min(found, key=lambda result: statistics.median(replay_times(result[0], len(calls))))
 
 
 def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
@@ -253,29 +264,28 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
     def a16(call: Call) -> Tensor:
         return backend.experts(call.x, call.index, call.weights, layer.a16)
 
-    measured = {
-        "codequant-a8": checked_times(
+    alone = grouped_mm_alone(shape, calls, layer.gate_up, layer.down)  # owns what its graph reads
+    ready = {
+        "codequant-a8": checked(
             f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
         ),
-        "codequant-a16": checked_times(f"codequant-a16, {what}", a16, calls, exact),
-        "codequant-a16-exact": checked_times(f"codequant-a16-exact, {what}", exactly(a16), calls, exact),
-        "transformers": checked_times(
+        "codequant-a16": checked(f"codequant-a16, {what}", a16, calls, exact),
+        "codequant-a16-exact": checked(f"codequant-a16-exact, {what}", exactly(a16), calls, exact),
+        "transformers": checked(
             f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact
         ),
         "triton-bf16": best_triton_bf16(f"triton-bf16, {what}", layer, calls, exact),
-        "torch-grouped_mm": (
-            replay_times(captured(grouped_mm_alone(shape, calls, layer.gate_up, layer.down)), len(calls)),
-            float("nan"),
-        ),
+        "torch-grouped_mm": (captured(alone), float("nan")),
     }
+    measured = times_in_turns({label: graph for label, (graph, _) in ready.items()}, len(calls))
     hit = statistics.mean(len(c.index.unique()) for c in calls)
     weights_per_expert = 3 * shape.intermediate * shape.hidden
     work = 2 * T * shape.top_k * weights_per_expert
-    best = min(statistics.median(times) for k, (times, _) in measured.items() if not k.startswith("codequant"))
+    best = min(statistics.median(times) for k, times in measured.items() if not k.startswith("codequant"))
     rows = []
-    for label, (times, error) in measured.items():
+    for label, times in measured.items():
         bytes_read = hit * weights_per_expert * (0.5 if label.startswith("codequant") else 2)
-        rows.append(_row(label, name, T, times, bytes_read, work, best, error, ceilings))
+        rows.append(_row(label, name, T, times, bytes_read, work, best, ready[label][1], ceilings))
     return rows
 
 
@@ -296,14 +306,15 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
     for T in LINEAR_TOKENS:
         x = torch.randn(T, I, device="cuda").bfloat16()
         exact = F.linear(x.float(), unpack(packed[0])[0])
-        times = {}
+        graphs = {}
         for label, product in products.items():
 
             def turn(x: Tensor = x, product: Callable[[Tensor, int], Tensor] = product) -> None:
                 for i in range(8):
                     product(x, i)
 
-            times[label] = replay_times(captured(turn), 8)
+            graphs[label] = captured(turn)
+        times = times_in_turns(graphs, 8)
         best = statistics.median(times["torch-bf16"])
         for label, product in products.items():
             error = float("nan")
