@@ -239,15 +239,18 @@ def best_triton_bf16(
     """The fastest of the yardstick's configurations in one turn of each."""
     T, k = calls[0].index.shape
     pdl = generation(layer.down.device).pdl(T * k)
-    found = []
-    for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
 
-        def one(call: Call, config: triton_bf16.Config = config) -> Tensor:
-            return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
+    def each() -> Iterator[tuple[torch.cuda.CUDAGraph, float]]:
+        for config in triton_bf16.candidates(T, T * k, layer.shape.experts):
 
-        with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
-            found.append(checked(what, one, calls, expected))
-    return min(found, key=lambda result: statistics.median(replay_times(result[0], len(calls))))
+            def one(call: Call, config: triton_bf16.Config = config) -> Tensor:
+                return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
+
+            with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
+                yield checked(what, one, calls, expected)
+
+    # One after the other: a graph holds the memory of its intermediate results.
+    return min(each(), key=lambda result: statistics.median(replay_times(result[0], len(calls))))
 
 
 def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
