@@ -186,8 +186,8 @@ _FLOAT16 = (
 )
 
 _overlap = partial(Tile, overlap=True)
-_specialize_4 = partial(_overlap, warps=4, registers=128, specialized=True)  # two programs share a multiprocessor
-_specialize_8 = partial(_overlap, warps=8, registers=168, specialized=True)
+_SPECIALIZED_4 = _overlap(64, 64, 4, 4, 128, specialized=True)  # two programs share a multiprocessor
+_SPECIALIZED_8 = _overlap(128, 64, 8, 4, 168, specialized=True)
 _LEVELS_90 = (
     replace(_LEVELS[0], down=_overlap(64, 64, 4, 5, 128)),
     GroupedConfig(
@@ -198,8 +198,8 @@ _LEVELS_90 = (
     ),
     replace(
         _uniform(_HUGE, 128, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4, span=4)),
-        wide_up=_specialize_4(64, 64, stages=4, span=8),
-        wide_down=_specialize_4(64, 64, stages=4),
+        wide_up=replace(_SPECIALIZED_4, span=8),
+        wide_down=_SPECIALIZED_4,
     ),
 )
 _FIXED16_90 = (
@@ -212,15 +212,9 @@ _FIXED16_90 = (
 _FLOAT16_90 = (
     _uniform(16, 16, _overlap(64, 128, 4, 4), _overlap(64, 64, 4, 4)),
     _uniform(24, 32, _overlap(64, 64, 4, 4), _overlap(64, 64, 4, 4)),
-    replace(
-        _uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)),
-        wide_down=_specialize_4(64, 64, stages=4),
-    ),
-    _uniform(512, 128, _specialize_8(128, 64, stages=4), _specialize_8(128, 64, stages=4)),
-    replace(
-        _uniform(_HUGE, 128, _specialize_8(128, 64, stages=4), _specialize_8(128, 64, stages=4)),
-        wide_up=_specialize_8(128, 64, stages=4, span=8),
-    ),
+    replace(_uniform(72, 64, _overlap(64, 64, 4, 3, 168), _overlap(64, 64, 4, 3, 168)), wide_down=_SPECIALIZED_4),
+    _uniform(512, 128, _SPECIALIZED_8, _SPECIALIZED_8),
+    replace(_uniform(_HUGE, 128, _SPECIALIZED_8, _SPECIALIZED_8), wide_up=replace(_SPECIALIZED_8, span=8)),
 )
 
 _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
@@ -253,7 +247,7 @@ _LINEAR_90 = {
     Form.FIXED16: _LINEAR[Form.FIXED16],
     Form.FLOAT16: (
         *_LINEAR[Form.FLOAT16][:-1], LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
-        LinearConfig(_HUGE, 128, _specialize_8(128, 64, stages=4)),
+        LinearConfig(_HUGE, 128, _SPECIALIZED_8),
     ),
 }  # fmt: skip
 

@@ -86,6 +86,16 @@ def _sources(
 
 
 @gluon.jit
+def _advance(slot, phase, STAGES: gl.constexpr):
+    """The next slot, and the parity of its barriers' phase: another one each time around."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
 def _copy_weights(first, second, first_smem, second_smem, slot, k):
     async_copy.async_copy_global_to_shared(first_smem.index(slot), first + k)
     async_copy.async_copy_global_to_shared(second_smem.index(slot), second + k)
@@ -114,7 +124,8 @@ def _copy(
     PDL: gl.constexpr,
 ):  # fmt: skip
     """The part of the warp group that copies: fills slot after slot, as soon as it is `empty`, and says `full`."""
-    RUN: gl.constexpr = P // 4 if FLOAT else P // 2
+    ITEM: gl.constexpr = 2 if FLOAT else 1
+    RUN: gl.constexpr = P // (2 * ITEM)
     STEPS: gl.constexpr = RUN // BK
     x_from, live, first_from, second_from = _sources(
         x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK
@@ -134,10 +145,7 @@ def _copy(
         _copy_weights(first_from, second_from, first_smem, second_smem, slot, i * BK)
         _copy_activations(x_from, live, x0, x1, x2, x3, slot, i * BK, plane, RUN, PLANES, FLOAT)
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = _advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -266,10 +274,7 @@ def _multiply_block(
                 _copy_weights(first_from, second_from, first_smem, second_smem, before, ahead)
                 _copy_activations(x_from, live, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
             async_copy.commit_group()
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = _advance(slot, phase, STAGES)
     second, second_low = warpgroup_mma_wait(0, deps=[second, second_low])
 
     scale = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, SUMS)), 0)
