@@ -59,13 +59,13 @@ def _add_products(acc, w0, w1, x0, x1, step, G: tl.constexpr):
 def _finish(
     high, low, scale, zero, step, row_sum, bias, row, G: tl.constexpr, PLANES: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """Accumulators [BN, BM] -> float32 results; scale and zero [BM]."""
+    """Accumulators [BN, BM] -> float32 results; scale and zero [BM], step and row_sum [BN]."""
     y = high.to(tl.float32)
     if PLANES == 2:
         y = y * 256.0 + low.to(tl.float32)
     if G == 1:
-        y = y * tl.load(step + row)[:, None]
-    y = y * scale[None, :] + tl.load(row_sum + row)[:, None] * zero[None, :]
+        y = y * step[:, None]
+    y = y * scale[None, :] + row_sum[:, None] * zero[None, :]
     if HAS_BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     return y
@@ -107,11 +107,23 @@ def _block(
     up = tl.zeros([BN, BM], DTYPE)
     gate_low = tl.zeros([BN, BM], DTYPE)
     up_low = tl.zeros([BN, BM], DTYPE)
+    # What the results need of each row as well: loaded at the end, it would be one more way to memory to wait for.
+    own_step = 1.0
+    up_own_step = 1.0
+    own_sum = tl.load(row_sum + row)
+    if GATED:
+        up_own_sum = tl.load(row_sum + row + N)
     if G == 1:
+        own_step = tl.load(step + row)
         t0, t1, t2, t3 = tables(table, row, FLOAT)
         if GATED:
+            up_own_step = tl.load(step + row + N)
             u0, u1, u2, u3 = tables(table, row + N, FLOAT)
+    if SCATTER:
+        share = tl.load(pair_weight + y_row, mask=ok, other=0.0).to(tl.float32)
     follow(PDL)  # all of the above is older than the kernel before this one, the quantization
+    scale = tl.load(x_scale + x_row, mask=ok, other=0.0)
+    zero = tl.load(x_zero + x_row, mask=ok, other=0.0)
     for i in tl.range(0, G * PER_GROUP, num_stages=STAGES):
         g = i // PER_GROUP
         at = (i % PER_GROUP) * BK
@@ -156,13 +168,12 @@ def _block(
                 if PLANES == 2:
                     up_low = _add_products(up_low, w0, w1, x2, x3, up_step, G)
 
-    scale = tl.load(x_scale + x_row, mask=ok, other=0.0)
-    zero = tl.load(x_zero + x_row, mask=ok, other=0.0)
-    y = activate(_finish(gate, gate_low, scale, zero, step, row_sum, bias, row, G, PLANES, HAS_BIAS), ACTIVATION)
+    y = _finish(gate, gate_low, scale, zero, own_step, own_sum, bias, row, G, PLANES, HAS_BIAS)
+    y = activate(y, ACTIVATION)
     if GATED:
-        y *= _finish(up, up_low, scale, zero, step, row_sum, bias, row + N, G, PLANES, HAS_BIAS)
+        y *= _finish(up, up_low, scale, zero, up_own_step, up_own_sum, bias, row + N, G, PLANES, HAS_BIAS)
     if SCATTER:
-        y *= tl.load(pair_weight + y_row, mask=ok, other=0.0).to(tl.float32)[None, :]
+        y *= share[None, :]
     target = out + y_row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(target, tl.trans(y.to(out.dtype.element_ty)), mask=ok[:, None] & (n < N)[None, :])
 

@@ -172,11 +172,12 @@ def _multiply(
 def _finish(
     high, low, scale, zero, share, step, row_sum, bias, row, PLANES: gl.constexpr, HAS_BIAS: gl.constexpr
 ):  # fmt: skip
-    """Accumulators [BN, BM] -> float32 results times the tokens' shares, which scale and zero [1, BM] contain."""
+    """Accumulators [BN, BM] -> float32 results times the tokens' shares, which scale and zero [1, BM] contain; step and
+    row_sum [BN]."""
     y = high.to(gl.float32)
     if PLANES == 2:
         y = y * 256.0 + low.to(gl.float32)
-    y = (y * gl.expand_dims(gl.load(step + row), 1)) * scale + gl.expand_dims(gl.load(row_sum + row), 1) * zero
+    y = (y * gl.expand_dims(step, 1)) * scale + gl.expand_dims(row_sum, 1) * zero
     if HAS_BIAS:
         y += gl.expand_dims(gl.load(bias + row).to(gl.float32), 1) * share
     return y
@@ -217,6 +218,12 @@ def _multiply_block(
     r = gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND))
     t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
     u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
+    # What the results need of each row as well: loaded at the end, it would be one more way to memory to wait for.
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS))
+    first_at = base + gl.minimum(first_row + r, N - 1)
+    second_at = base + gl.minimum(second_row + r, last_second)
+    first_step, first_sum = gl.load(step + first_at), gl.load(row_sum + first_at)
+    second_step, second_sum = gl.load(step + second_at), gl.load(row_sum + second_at)
     _follow(PDL)  # all of the above is older than the kernel before this one, the quantization
     if not SPECIALIZED:
         for s in gl.static_range(STAGES - 1):
@@ -282,12 +289,9 @@ def _multiply_block(
     share = 1.0
     if SCATTER and HAS_BIAS:
         share = gl.expand_dims(share_smem.load(gl.SliceLayout(0, SUMS)), 0)
-    r = gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS))
-    row = base + gl.minimum(first_row + r, N - 1)
-    y = _finish(first, first_low, scale, zero, share, step, row_sum, bias, row, PLANES, HAS_BIAS)
+    y = _finish(first, first_low, scale, zero, share, first_step, first_sum, bias, first_at, PLANES, HAS_BIAS)
     y = _activate(y, ACTIVATION)
-    row = base + gl.minimum(second_row + r, last_second)
-    z = _finish(second, second_low, scale, zero, share, step, row_sum, bias, row, PLANES, HAS_BIAS)
+    z = _finish(second, second_low, scale, zero, share, second_step, second_sum, bias, second_at, PLANES, HAS_BIAS)
     if GATED:
         y *= z
     else:
