@@ -37,3 +37,28 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="no CUDA device, expected one"):
         gpu.main([])
+
+
+def test_the_first_part_of_a_turn_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:  # slows down after 150 ms, as a GPU that reaches its power limit
+        now = 0.0  # milliseconds
+
+        def replay(self) -> None:
+            Graph.now += 1.0 if Graph.now < 150 else 2.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = Graph.now
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, stop: "Event") -> float:
+            return stop.at - self.at
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    times = gpu.replay_times(Graph(), 4)  # type: ignore[arg-type]
+    assert set(times) == {500.0}
+    assert sum(times) * 4 / 1e6 == pytest.approx(gpu.TURN, abs=0.002)

@@ -1,9 +1,10 @@
 """`codequant bench gpu`: the experts' feed-forward on a GPU, against bfloat16, in one run.
 
 Every implementation computes the same function (its weights are the codebook weights, dequantized) and is checked
-against the float32 twin first. Times are of CUDA-graph replays, the implementations in turns, because a GPU at its
-power limit changes its clock from one second to the next; a graph holds several calls with different tokens and
-routings, so that weights come from memory and not from the last call's cache.
+against the float32 twin first. Times are of CUDA-graph replays, the implementations in turns, because a machine's state
+changes from one second to the next. A GPU at its power limit takes a while to find the clock that an implementation's
+power allows: the first part of a turn, at the clock of whoever came before, does not count. A graph holds several calls
+with different tokens and routings, so that weights come from memory and not from the last call's cache.
 """
 
 import argparse
@@ -37,7 +38,7 @@ TOKENS = (1, 8, 32, 128, 1024, 4096)
 LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
 LINEAR_TOKENS = (1, 8, 32)
 MAX_ERROR = 0.01  # relative, of bf16 results against float32
-TURNS, TURN = 8, 0.02  # of every implementation; seconds
+TURNS, SETTLE, TURN = 4, 0.2, 0.04  # of every implementation; seconds that do not count, and that do
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,21 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def replay_times(graph: torch.cuda.CUDAGraph, calls: int) -> list[float]:
-    """A turn: microseconds per call, one number per replay."""
-    graph.replay()
+    """A turn: microseconds per call, one number per replay after SETTLE."""
     times: list[float] = []
-    while len(times) < 3 or (sum(times) * calls < TURN * 1e6 and len(times) < 50):
+    settled, counted = 0.0, 0.0  # milliseconds
+    while len(times) < 3 or (counted < TURN * 1e3 and len(times) < 50):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / calls)
+        elapsed = start.elapsed_time(stop)
+        if settled < SETTLE * 1e3:
+            settled += elapsed
+        else:
+            counted += elapsed
+            times.append(elapsed * 1e3 / calls)
     return times
 
 
