@@ -625,7 +625,7 @@ def test_compile_and_cuda_graph_give_the_eager_result(T: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability, kibibytes", [(89, 99), (90, 227)])
-def test_every_tile_fits_into_shared_memory(capability: int, kibibytes: int) -> None:
+def test_every_tile_compiles_and_fits_into_shared_memory(capability: int, kibibytes: int) -> None:
     """Of a program on a GPU of this compute capability; no other that the backend runs on has less than 8.9."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("triton_shared_memory.py")

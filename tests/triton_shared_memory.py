@@ -2,7 +2,8 @@
 
     python tests/triton_shared_memory.py 89
 
-prints a line "bytes of shared memory, tile" for each. (Not in Triton's interpreter, which compiles nothing.)
+prints a line "bytes of shared memory, row length, tile" for each. Overlapped products are compiled for short rows too,
+because the compiler fails on loops of one turn. (Not in Triton's interpreter, which compiles nothing.)
 """
 
 import sys
@@ -24,6 +25,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = ("tokens", "plane", "N", "E")
 COLUMNS = 4096
+SHORT = (256, 384, 512, 640)  # two to five steps of 64 bytes
 
 
 def tiles(chip: Generation) -> Iterator[tuple[Form, int, bool, Tile]]:
@@ -37,12 +39,13 @@ def tiles(chip: Generation) -> Iterator[tuple[Form, int, bool, Tile]]:
             yield form, linear.tokens, False, linear.tile
 
 
-def shared_memory(capability: int, form: Form, tokens: int, gated: bool, tile: Tile) -> int:
+def shared_memory(capability: int, columns: int, form: Form, tokens: int, gated: bool, tile: Tile) -> int:
     item = 2 if form is Form.FLOAT16 else 1
+    step = overlapped.step_bytes(columns // 2, tile.bytes) if tile.overlap else tile.bytes
     constants = dict(
-        TOP_K=8, P=COLUMNS, ROUTED=True, GATHER=gated, SCATTER=not gated, GATED=gated,
+        TOP_K=8, P=columns, ROUTED=True, GATHER=gated, SCATTER=not gated, GATED=gated,
         ACTIVATION="silu" if gated else "none", HAS_BIAS=False, PLANES=form.planes, FLOAT=item == 2, BM=tokens,
-        BN=tile.rows, BK=tile.bytes // item, STAGES=tile.stages, PDL=False,
+        BN=tile.rows, BK=step // item, STAGES=tile.stages, PDL=False,
     )  # fmt: skip
     constants |= dict(SPAN=tile.span, SPECIALIZED=tile.specialized) if tile.overlap else dict(G=1)
     types = POINTERS | (dict(x="fp16", packed="u16") if item == 2 else {})
@@ -56,5 +59,8 @@ def shared_memory(capability: int, form: Form, tokens: int, gated: bool, tile: T
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    for case in dict.fromkeys(tiles(dispatch.HOPPER if capability == 90 else dispatch.AMPERE)):
+    cases = [(COLUMNS, *case) for case in tiles(dispatch.HOPPER if capability == 90 else dispatch.AMPERE)]
+    by_form = {form: case for _, form, *case in reversed(cases) if case[-1].overlap}
+    cases += [(columns, form, *case) for form, case in by_form.items() for columns in SHORT]
+    for case in dict.fromkeys(cases):
         print(shared_memory(capability, *case), *case)
