@@ -186,39 +186,28 @@ _FLOAT16 = (
 )
 
 _overlap = partial(Tile, overlap=True)
-_PLAIN = _overlap(64, 64, 4, 4)
-_SPECIALIZED_4 = _overlap(64, 64, 4, 4, 128, specialized=True)  # two programs share a multiprocessor
+_plain = partial(_overlap, 64, 64, 4, 4)
+_SPECIALIZED_4 = _plain(128, specialized=True)  # two programs share a multiprocessor
 _SPECIALIZED_8 = _overlap(128, 64, 8, 4, 168, specialized=True)
+_WIDE_DOWN = _overlap(64, 128, 4, 3)
 _LEVELS_90 = (
-    replace(
-        _LEVELS[0],
-        up=replace(_PLAIN, registers=128),
-        down=replace(_PLAIN, registers=128),
-        wide_up=_overlap(64, 64, 4, 6, 168),
-    ),
-    replace(
-        _uniform(24, 32, _overlap(64, 64, 4, 6), replace(_PLAIN, registers=128)), wide_down=_overlap(64, 128, 4, 3)
-    ),
-    replace(
-        _uniform(72, 64, replace(_PLAIN, registers=168), replace(_PLAIN, registers=168)),
-        wide_down=_overlap(64, 128, 4, 3),
-    ),
-    GroupedConfig(_HUGE, 128, _PLAIN, replace(_PLAIN, span=4), replace(_PLAIN, span=8), _SPECIALIZED_4),
+    GroupedConfig(12, 16, _plain(128), _plain(128), _overlap(64, 64, 4, 6, 168), _LEVELS[0].wide_down),
+    replace(_uniform(24, 32, _overlap(64, 64, 4, 6), _plain(128)), wide_down=_WIDE_DOWN),
+    replace(_uniform(72, 64, _plain(168), _plain(168)), wide_down=_WIDE_DOWN),
+    GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _plain(span=8), _SPECIALIZED_4),
 )
 _FIXED16_90 = (
-    replace(
-        _uniform(12, 16, _overlap(64, 64, 4, 6, 168), replace(_PLAIN, registers=128)), wide_down=_FIXED16[0].wide_down
-    ),
-    replace(_uniform(24, 32, _PLAIN, replace(_PLAIN, registers=168)), wide_down=_overlap(64, 128, 4, 3)),
-    _uniform(48, 64, _PLAIN, _overlap(64, 64, 4, 3)),
+    replace(_uniform(12, 16, _overlap(64, 64, 4, 6, 168), _plain(128)), wide_down=_FIXED16[0].wide_down),
+    replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_WIDE_DOWN),
+    _uniform(48, 64, _plain(), _overlap(64, 64, 4, 3)),
 )
 _FLOAT16_90 = (
-    _uniform(16, 16, _PLAIN, _PLAIN),
-    _uniform(24, 32, _PLAIN, _PLAIN),
-    replace(_uniform(72, 64, _PLAIN, _PLAIN), wide_down=_SPECIALIZED_4),
+    _uniform(16, 16, _plain(), _plain()),
+    _uniform(24, 32, _plain(), _plain()),
+    replace(_uniform(72, 64, _plain(), _plain()), wide_down=_SPECIALIZED_4),
     _uniform(512, 128, _SPECIALIZED_8, _SPECIALIZED_8),
     replace(_uniform(_HUGE, 128, _SPECIALIZED_8, _SPECIALIZED_8), wide_up=replace(_SPECIALIZED_8, span=8)),
-)  # fmt: skip
+)
 
 _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
 _LINEAR: dict[Form, tuple[LinearConfig, ...]] = {
