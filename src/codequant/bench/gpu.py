@@ -101,8 +101,8 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def replay_times(graph: torch.cuda.CUDAGraph, calls: int) -> list[float]:
     """A turn: microseconds per call, one number per replay after SETTLE."""
     times: list[float] = []
-    settled, counted = 0.0, 0.0  # milliseconds
-    while len(times) < 3 or (counted < TURN * 1e3 and len(times) < 50):
+    settled = 0.0  # milliseconds
+    while len(times) < 3 or (sum(times) * calls < TURN * 1e6 and len(times) < 50):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -112,7 +112,6 @@ def replay_times(graph: torch.cuda.CUDAGraph, calls: int) -> list[float]:
         if settled < SETTLE * 1e3:
             settled += elapsed
         else:
-            counted += elapsed
             times.append(elapsed * 1e3 / calls)
     return times
 
