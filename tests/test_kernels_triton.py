@@ -518,7 +518,13 @@ def overlapped(
 
 @pytest.mark.parametrize(
     "T, E, k, I, M, O",
-    [(21, 7, 2, 384, 256, 66), (150, 3, 1, 896, 512, 300), (9, 5, 5, 512, 640, 8), (20, 2, 1, 128, 256, 7)],
+    [
+        (21, 7, 2, 384, 256, 66),
+        (150, 3, 1, 256, 384, 300),
+        (150, 3, 1, 896, 512, 300),
+        (9, 5, 5, 512, 640, 8),
+        (20, 2, 1, 128, 256, 7),
+    ],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_overlapped_experts_equal_their_twin(
