@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
 
@@ -62,3 +63,27 @@ def test_the_first_part_of_a_turn_does_not_count(monkeypatch: pytest.MonkeyPatch
     times = gpu.replay_times(Graph(), 4)  # type: ignore[arg-type]
     assert set(times) == {500.0}
     assert sum(times) * 4 / 1e6 == pytest.approx(gpu.TURN, abs=0.002)
+
+
+def test_results_are_checked_token_by_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(20, 1000, generator=generator)
+    noise = torch.randn(20, 1000, generator=generator)
+    quantized = exact + 0.05 * noise
+
+    def other(tokens: list[int], size: float) -> torch.Tensor:
+        """The quantized results, and others for some tokens."""
+        result = quantized.clone()
+        result[tokens] += size * noise[tokens].roll(1, dims=1)
+        return result
+
+    assert gpu.relative_error("a8", other([3, 4], 0.1), quantized, exact) == pytest.approx(0.1 * 0.1**0.5, rel=0.1)
+    wrong = [
+        ("1 of 20 tokens", other([3], 0.3), quantized),  # more than other levels make
+        ("2 of 20 tokens", other([3, 7], float("nan")), quantized),
+        ("median relative error of a token 0.019", other(list(range(11)), 0.02), quantized),
+        ("1 of 20 tokens", other([5], 0.1) - quantized + exact, exact),  # without quantization none may be another one
+    ]
+    for message, got, expected in wrong:
+        with pytest.raises(RuntimeError, match=f"a8.*{message}"):
+            gpu.relative_error("a8", got, expected, exact)

@@ -1,10 +1,11 @@
 """`codequant bench gpu`: the experts' feed-forward on a GPU, against bfloat16, in one run.
 
-Every implementation computes the same function (its weights are the codebook weights, dequantized) and is checked
-against the float32 twin first. Times are of CUDA-graph replays, the implementations in turns, because a machine's state
-changes from one second to the next. A GPU at its power limit takes a while to find the clock that an implementation's
-power allows: the first part of a turn, at the clock of whoever came before, does not count. A graph holds several calls
-with different tokens and routings, so that weights come from memory and not from the last call's cache.
+Every implementation computes the same function (its weights are the codebook weights, dequantized), and its results are
+checked against the float32 twin first, token by token. Times are of CUDA-graph replays, the implementations in turns,
+because a machine's state changes from one second to the next. A GPU at its power limit takes a while to find the clock
+that an implementation's power allows: the first part of a turn, at the clock of whoever came before, does not count. A
+graph holds several calls with different tokens and routings, so that weights come from memory and not from the last
+call's cache.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from codequant.store import write_atomically
 TOKENS = (1, 8, 32, 128, 1024, 4096)
 LINEAR = {"4096x2048": (4096, 2048), "8192x2048": (8192, 2048)}  # output x input channels
 LINEAR_TOKENS = (1, 8, 32)
-MAX_ERROR = 0.01  # relative, of bf16 results against float32
+MAX_ERROR = 0.01  # relative, of a token's bf16 result against float32
+MAX_REQUANTIZED = 4  # where a token's 8-bit levels are others: times what quantization changes; measured 1.4 to 2.4
 TURNS, SETTLE, TURN = 4, 0.2, 0.04  # of every implementation; seconds that do not count, and that do
 
 
@@ -162,8 +164,9 @@ def measured_ceilings() -> tuple[float, float]:
     return 4 * a.numel() / read * 1e6, 2 * 8192**3 / product * 1e6
 
 
-def run(shapes: dict[str, Shape], tokens: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+def run(shapes: dict[str, Shape], tokens: Sequence[int], seed: int = 0) -> Iterator[list[dict[str, Any]]]:
     """One row per implementation, for a shape and a number of tokens at a time; experts first, then single matrices."""
+    torch.manual_seed(seed)
     ceilings = measured_ceilings()
     for name, shape in shapes.items():
         layer = random_layer(shape)
@@ -199,16 +202,33 @@ def _row(
     return row
 
 
+def relative_error(what: str, got: Tensor, expected: Tensor, unquantized: Tensor) -> float:
+    """Of results [tokens, O]. Raises if it is too large for a token, or for half of them.
+
+    A token's 8-bit levels hang on its largest intermediate. Where kernel and twin round that to different neighbours in
+    bf16, as in one of about a thousand pairs, they get all other levels: the result is as good, but another one. It
+    then may differ by a multiple of what quantization itself changes.
+    """
+    size, error = expected.norm(dim=1), (got - expected).norm(dim=1)
+    most = (MAX_ERROR * size).maximum(MAX_REQUANTIZED * (expected - unquantized).norm(dim=1))
+    typical, within = float((error / size).median()), error <= most  # neither holds for NaN
+    if not (typical < MAX_ERROR and within.all()):
+        worst = float((error / most).max())
+        raise RuntimeError(
+            f"{what}: median relative error of a token {typical:.3g}, expected < {MAX_ERROR}; "
+            f"{int((~within).sum())} of {len(within)} tokens past their limit, by up to {worst:.3g} times"
+        )
+    return float(error.norm() / size.norm())
+
+
 def checked(
-    what: str, function: Callable[[Call], Tensor], calls: Sequence[Call], expected: Tensor
+    what: str, function: Callable[[Call], Tensor], calls: Sequence[Call], expected: Tensor, unquantized: Tensor
 ) -> tuple[torch.cuda.CUDAGraph, float]:
-    """The graph of all calls, and the relative error on the first one. Raises on a wrong result."""
+    """The graph of all calls, whose results are expected one after the other, and their relative error."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
-    got = function(calls[0]).float()
+    got = torch.cat([function(call).float() for call in calls])
     torch.use_deterministic_algorithms(False)
-    error = float((got - expected).norm() / expected.norm())
-    if not error < MAX_ERROR:
-        raise RuntimeError(f"{what}: relative error {error:.3g}, expected < {MAX_ERROR}")
+    error = relative_error(what, got, expected, unquantized)
     return captured(lambda: [function(call) for call in calls]), error
 
 
@@ -252,7 +272,7 @@ def best_triton_bf16(
                 return triton_bf16.experts(call.x, call.index, call.weights, layer.gate_up, layer.down, config, pdl)
 
             with suppress(OutOfResources):  # a block size may be too large for this GPU's shared memory
-                yield checked(what, one, calls, expected)
+                yield checked(what, one, calls, expected, expected)
 
     # One after the other: a graph holds the memory of its intermediate results.
     return min(each(), key=lambda result: statistics.median(replay_times(result[0], len(calls))))
@@ -262,25 +282,26 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
     shape = layer.shape
     # Enough different routings to read every expert once where a call reads a few; two at least.
     calls = [random_call(shape, T) for _ in range(max(2, min(16, 2 * shape.experts // (T * shape.top_k))))]
-    first = calls[0]
     unquantized = replace(layer.experts, input_bits=16, down_bits=16)
     exact_a8, exact = (
-        reference.codebook_experts(first.x.float(), first.index, first.weights, e) for e in (layer.experts, unquantized)
+        torch.cat([reference.codebook_experts(c.x.float(), c.index, c.weights, experts) for c in calls])
+        for experts in (layer.experts, unquantized)
     )
     what = f"{name}, {T} tokens"
+
+    def a8(call: Call) -> Tensor:
+        return backend.experts(call.x, call.index, call.weights, layer.a8)
 
     def a16(call: Call) -> Tensor:
         return backend.experts(call.x, call.index, call.weights, layer.a16)
 
     alone = grouped_mm_alone(shape, calls, layer.gate_up, layer.down)  # owns what its graph reads
     ready = {
-        "codequant-a8": checked(
-            f"codequant-a8, {what}", lambda c: backend.experts(c.x, c.index, c.weights, layer.a8), calls, exact_a8
-        ),
-        "codequant-a16": checked(f"codequant-a16, {what}", a16, calls, exact),
-        "codequant-a16-exact": checked(f"codequant-a16-exact, {what}", exactly(a16), calls, exact),
+        "codequant-a8": checked(f"codequant-a8, {what}", a8, calls, exact_a8, exact),
+        "codequant-a16": checked(f"codequant-a16, {what}", a16, calls, exact, exact),
+        "codequant-a16-exact": checked(f"codequant-a16-exact, {what}", exactly(a16), calls, exact, exact),
         "transformers": checked(
-            f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact
+            f"transformers, {what}", transformers_experts(shape, layer.gate_up, layer.down), calls, exact, exact
         ),
         "triton-bf16": best_triton_bf16(f"triton-bf16, {what}", layer, calls, exact),
         "torch-grouped_mm": (captured(alone), float("nan")),
@@ -313,9 +334,14 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
     rows = []
     for T in LINEAR_TOKENS:
         x = torch.randn(T, I, device="cuda").bfloat16()
-        exact = F.linear(x.float(), unpack(packed[0])[0])
-        graphs = {}
+        one = PackedWeight(packed[0].packed[0], packed[0].codebook[0], packed[0].step[0], I)
+        exact_a8, exact = (reference.codebook_linear(x.float(), one, None, bits) for bits in (8, 16))
+        expected = {"codequant-a8": exact_a8, "codequant-a16": exact, "torch-bf16": exact}
+        graphs, error = {}, dict.fromkeys(products, float("nan"))
         for label, product in products.items():
+            if label in expected:
+                what, y = f"{label}, {name}, {T} tokens", product(x, 0).float()
+                error[label] = relative_error(what, y, expected[label], expected[label])
 
             def turn(x: Tensor = x, product: Callable[[Tensor, int], Tensor] = product) -> None:
                 for i in range(8):
@@ -324,12 +350,9 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
             graphs[label] = captured(turn)
         times = times_in_turns(graphs, 8)
         best = statistics.median(times["torch-bf16"])
-        for label, product in products.items():
-            error = float("nan")
-            if label != "torch-int4pack":
-                error = float((product(x, 0).float() - exact).norm() / exact.norm())
+        for label in products:
             bytes_read = O * I * (2 if label == "torch-bf16" else 0.5)
-            rows.append(_row(label, name, T, times[label], bytes_read, 2 * T * O * I, best, error, ceilings))
+            rows.append(_row(label, name, T, times[label], bytes_read, 2 * T * O * I, best, error[label], ceilings))
     return rows
 
 
