@@ -131,9 +131,9 @@ class Generation:
     def pick(self, bits: int, tokens: int, pairs: int, experts: int) -> GroupedConfig | None:
         """Expert-sorted blocks for a layer whose wider activations have so many bits; None for the decode kernel, which
         reads an expert once per pair, the other once per block of tokens."""
-        if tokens == 1 or 4 * pairs * decode_form(bits).planes <= 3 * experts:
-            return None
         density = pairs / experts
+        if tokens == 1 or density <= DECODED_DENSITY[decode_form(bits)]:
+            return None
         return next(config for config in self.grouped[self.form(bits, density)] if density <= config.density)
 
     def pick_linear(self, form: Form, results: int) -> LinearConfig:
@@ -142,6 +142,7 @@ class Generation:
 
 WIDE = 4096
 SINGLE_WORDS, SINGLE_TILES = 256, 4  # of a row, and per program: what fits in its registers
+DECODED_DENSITY = {Form.LEVELS: 0.7, Form.FIXED16: 0.4, Form.FIXED24: 0.25}  # tokens per expert, up to so many
 DECODED_TOKENS = 2  # of a single matrix: up to so many, the decode kernel runs it
 
 
