@@ -26,9 +26,12 @@ from codequant.packing import SUFFIXES, PackedWeight, groups_per_row, pack, unpa
 
 pytest.importorskip("triton", reason="needs triton: pip install triton==3.6.0 (Linux)")
 
+import triton
+import triton.language as tl
+
 from codequant.kernels import triton as backend
 from codequant.kernels.triton import dispatch, ops, routing
-from codequant.kernels.triton.activation import Form, quantize
+from codequant.kernels.triton.activation import Activations, Form, bounded_step, quantize
 from codequant.kernels.triton.dense import dequantize
 from codequant.kernels.triton.dispatch import Tile
 from codequant.kernels.triton.launch import Launch
@@ -168,11 +171,44 @@ def test_float16_holds_bfloat16_exactly(device: torch.device) -> None:
     x = torch.randn(5, 83, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[1], x[2], x[3], x[4, 0] = 0.0, x[2] * 1e37, x[3] * 1e-35, 2.0**20
     values, scale, zero = (t.cpu().double() for t in quantize(x.to(device), 1, 16, 1.0, Form.FLOAT16, pdl=Launch.PLAIN))
-    order = [4 * i + 64 * half + 2 * part + j for half in (0, 1) for part in (0, 1) for i in range(16) for j in (0, 1)]
-    restored = torch.empty(5, 128, dtype=torch.float64)
-    restored[:, order] = values[0] * scale[:, None]
+    restored = in_columns(values[0]) * scale[:, None]
     assert not zero.any() and not restored[:, 83:].any()
     assert torch.equal(restored[:, :83], x.double())
+
+
+def in_columns(values: Tensor) -> Tensor:
+    """float16 [R, P] of `Activations` with one group, from the order of `lookup_pairs` to that of the columns."""
+    quarter = values.shape[1] // 4
+    order = [4 * i + 2 * quarter * half + 2 * part + j
+             for half in (0, 1) for part in (0, 1) for i in range(quarter // 2) for j in (0, 1)]  # fmt: skip
+    restored = torch.empty_like(values)
+    restored[:, order] = values
+    return restored
+
+
+@triton.jit
+def _bounded_steps(step, norm, out, inverse, COLUMNS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    found, found_inverse = bounded_step(tl.load(step + i), tl.load(norm + i), COLUMNS, GATED)
+    tl.store(out + i, found)
+    tl.store(inverse + i, found_inverse)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("columns", [256, 4096, 1408])
+def test_a_bounded_step_holds_the_bound_in_float16(device: torch.device, columns: int, gated: bool) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    step = 2.0 ** torch.randint(-30, 20, (64,), generator=generator)
+    norm = torch.exp2(torch.randn(64, generator=generator) * 3)
+    step[0], step[1], norm[2] = 2.0**-126, 2.0**113, 0.0  # of a token of zeros, of the largest one; of zero weights
+    out, inverse = torch.empty(2, 64, device=device)
+    _bounded_steps[(1,)](step.to(device), norm.to(device), out, inverse, columns, gated, 64)
+    out, inverse = out.cpu().double(), inverse.cpu().double()
+    assert (out * inverse == 1).all() and (torch.frexp(out).mantissa == 0.5).all()
+    bound = norm.double() * columns**0.5 * 2**15 * step.double()
+    peak = (bound**2 if gated else bound) * inverse
+    assert (peak[[0, *range(2, 64)]] <= 2**15).all()
+    assert (peak[3:] > 2**14).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ linear
@@ -304,6 +340,9 @@ def check_experts(
     index_there, weights_there = index.to(device), weights.to(device)
     y = backend.experts(x.to(device), index_there, weights_there, prepared)
     assert y.dtype == dtype
+    whole = backend.experts(
+        x.to(device), index_there, weights_there, replace(prepared, rest=replace(prepared.rest, down_transform=None))
+    )
     layer_bits = max(experts.input_bits, experts.down_bits)
     in_pair_order = ops.generation(device).pick(layer_bits, T, T * k, E) is None
     order = torch.arange(T * k) if in_pair_order else ops.route(index_there, E, layer_bits)[0].cpu().long()
@@ -313,6 +352,7 @@ def check_experts(
     eps = torch.finfo(dtype).eps
     expected = torch.zeros(T, experts.down.out_features, dtype=torch.float64)
     tolerance = torch.zeros_like(expected)
+    rounding = torch.zeros_like(expected)
     for pair, e in enumerate(index.flatten().tolist()):
         if not 0 <= e < E:
             continue
@@ -337,7 +377,12 @@ def check_experts(
         tolerance[t] += (
             abs(w) * (linear_tolerance(row, down, experts.down_bits) + 4 * max(eps, EPS) * (out.abs() + 1))[0]
         )
+        rounding[t] += abs(w) * eps * (unpack(down).double().abs() @ row[0].abs())
     assert_within(y, expected, tolerance + eps * expected.abs())
+    if ops.generation(device).form(layer_bits, T * k / E) is Form.FLOAT16:
+        assert_within(whole, expected, tolerance + rounding + eps * expected.abs())  # of the intermediate in between
+    else:
+        assert torch.equal(whole, y)
 
 
 def check_random_routing(experts: ExpertWeights, device: torch.device, T: int, k: int, **kwargs) -> None:
@@ -534,6 +579,44 @@ def test_overlapped_experts_equal_their_twin(
     check_random_routing(experts, device, T, k, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("overlapped", ["float16"], indirect=True)
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_an_intermediate_is_ready_for_the_next_product(device: torch.device, overlapped: int, has_gate: bool) -> None:
+    T, E, I, M = 70, 3, 512, 384
+    experts = random_experts(
+        E, I, M, 64, has_gate=has_gate, activation="silu" if has_gate else "relu", input_bits=overlapped,
+        down_bits=overlapped,
+    )  # fmt: skip
+    index, _ = random_routing(T, E, 2, torch.Generator().manual_seed(0))
+    rows = unpack(experts.gate_up).double()  # [E, M or 2M, I]
+    x = torch.randn(T, I, generator=torch.Generator().manual_seed(1)).double()
+    x[0], x[1], x[2] = 0, x[1] * 1e-12, x[2] * 1e9
+    for t in range(3, 20):  # as large a result as there can be: x along a row, all elements as large as the largest
+        x[t] = rows[index[t, 0], t + (M if has_gate else 0)].sign() * 2.0**t
+    x = x.bfloat16()
+    first, second = (
+        ops.Matrix(ops._weight(w.tensors, w.in_features), None, overlapped, 1.0)
+        for w in (backend.to_triton(to(m, device)) for m in (experts.gate_up, experts.down))
+    )
+    there = index.to(device)
+    lists = ops.run_route(there, E, overlapped)
+    activation = "silu" if has_gate else "relu"
+    ready = ops.run_up(x.to(device), there, lists, first, has_gate, activation, overlapped, next_down=second)
+    assert isinstance(ready, Activations)
+    values, scale = ready.values[0].double().cpu(), ready.scale.double().cpu()
+    assert (values.abs() <= 2**15).all() and (values.abs().amax(1) > 0).sum() >= 2 * T - 4
+    hidden = in_columns(values) * scale[:, None]
+    for position, pair in enumerate(lists.pair.tolist()):
+        t, e = pair // 2, int(index.flatten()[pair])
+        raw = rows[e] @ x[t].double()
+        h = F.silu(raw[:M]) * raw[M:] if has_gate else raw.relu()
+        magnitude = rows[e].abs() @ x[t].double().abs()
+        error = (8 + I / 16) * EPS * (
+            magnitude[:M] * (raw[M:].abs() + 1) * 2 + raw[:M].abs() * magnitude[M:] if has_gate else magnitude
+        )  # fmt: skip
+        assert_within(hidden[position], h, 2 * error + 2.0**-11 * h.abs() + 2.0**-25 * scale[position])
+
+
 @pytest.mark.parametrize("activation, has_gate", [("gelu", True), ("relu", False), (None, True)])
 def test_overlapped_experts_of_other_kinds(
     device: torch.device, overlapped: int, activation: str | None, has_gate: bool
@@ -594,14 +677,17 @@ def test_operators_are_registered_correctly(device: torch.device, T: int) -> Non
     index, weights = (t.to(device) for t in random_routing(T, 3, 2, torch.Generator().manual_seed(0)))
     x = torch.randn(T, 40, device=device)
     lists = ops.route(index, 3, 8)
-    hidden = ops.expert_up(x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)
+    up_arguments = (up.tensors, 40, experts.gate_up_bias, 8, 1.0, True, "silu")
+    down_arguments = (down.tensors, 24, experts.down_bias, 8, 1.0)
+    hidden = ops.expert_up(x, index, lists, *up_arguments, 8)
     one = backend.prepare_linear(
         PackedWeight(*(getattr(experts.down, n)[0] for n in ("packed", "codebook", "step")), 24)
     )
     checks = [
         (ops.linear, (hidden, one.tensors, 24, None, 8, 1.0)),
-        (ops.expert_up, (x, index, lists, up.tensors, 40, experts.gate_up_bias, True, "silu", 8, 1.0, 8)),
-        (ops.expert_down, (hidden, index, weights, lists, down.tensors, 24, experts.down_bias, 8, 1.0, 8)),
+        (ops.expert_up, (x, index, lists, *up_arguments, 8)),
+        (ops.expert_down, (hidden, index, weights, lists, *down_arguments, 8)),
+        (ops.experts, (x, index, weights, *up_arguments, *down_arguments)),
     ]
     for op, arguments in checks:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

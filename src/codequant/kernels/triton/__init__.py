@@ -63,26 +63,32 @@ def prepare_experts(experts: ExpertWeights) -> TritonExperts | ExpertWeights:
 def experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, prepared: TritonExperts | ExpertWeights) -> Tensor:
     """x [T, I], top_k_index and top_k_weights [T, k] -> [T, O], as `reference.codebook_experts`.
 
-    The intermediate and each expert's result are kept in x's dtype; the sum over experts is in float32.
+    The intermediate and each expert's result are kept in x's dtype, or the intermediate in the form in which it is
+    multiplied next; the sum over experts is in float32.
     """
     if isinstance(prepared, ExpertWeights):
         return reference.codebook_experts(x, top_k_index, top_k_weights, prepared)
     up, down, rest = prepared.gate_up, prepared.down, prepared.rest
     activation = FUSED.get(rest.activation or "")
+    if activation is not None and rest.down_transform is None:
+        return ops.experts(
+            x, top_k_index, top_k_weights,
+            up.tensors, up.in_features, rest.gate_up_bias, rest.input_bits, rest.input_clip, rest.has_gate, activation,
+            down.tensors, down.in_features, rest.down_bias, rest.down_bits, rest.down_clip,
+        )  # fmt: skip
     layer_bits = max(rest.input_bits, rest.down_bits)
     routing = ops.route(top_k_index, len(up.words), layer_bits)
     hidden = ops.expert_up(
-        x, top_k_index, routing, up.tensors, up.in_features, rest.gate_up_bias,
-        activation is not None and rest.has_gate, activation or "none", rest.input_bits, rest.input_clip,
-        layer_bits,
+        x, top_k_index, routing, up.tensors, up.in_features, rest.gate_up_bias, rest.input_bits, rest.input_clip,
+        activation is not None and rest.has_gate, activation or "none", layer_bits,
     )  # fmt: skip
     if activation is None:
         hidden = rest.apply_gate(hidden)
     if rest.down_transform is not None:
         hidden = rest.down_transform(hidden)
     return ops.expert_down(
-        hidden, top_k_index, top_k_weights, routing, down.tensors, down.in_features, rest.down_bias,
-        rest.down_bits, rest.down_clip, layer_bits,
+        hidden, top_k_index, top_k_weights, routing, down.tensors, down.in_features, rest.down_bias, rest.down_bits,
+        rest.down_clip, layer_bits,
     )  # fmt: skip
 
 

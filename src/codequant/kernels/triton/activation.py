@@ -41,7 +41,7 @@ class Activations(NamedTuple):
 
     values: Tensor  # int8 [planes, R, G * P], high planes first; float16 [1, R, G * P] in the order of `lookup_pairs`
     scale: Tensor  # float32 [R]
-    zero: Tensor  # float32 [R]
+    zero: Tensor  # float32 [R]; 0 but for LEVELS
 
 
 FIXED16_PEAK = tl.constexpr(32512.0)  # 127 * 256: the high plane stays within int8
@@ -100,6 +100,22 @@ def fixed_point_24(x, inverse):
 def power_of_two_step(peak):
     """Largest magnitude of a token -> (step, inverse step), powers of two that bring it to 2**14 .. 2**15."""
     exponent = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 14, 1)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bounded_step(step, norm, COLUMNS: tl.constexpr, GATED: tl.constexpr):
+    """`power_of_two_step` of a token x and the largest norm of a row of W -> (step, inverse step), powers of two that
+    bring |(W x)_i|, or with GATED |(W x)_i (W x)_j|, to 2**15 at most, of all rows and before they are known: they are
+    below norm * sqrt(COLUMNS) * 2**15 * step or, with GATED, its square."""
+    if GATED:
+        exponent = 15 + 2 * (step.to(tl.int32, bitcast=True) >> 23) - 127
+        factor = norm * norm * COLUMNS
+    else:
+        exponent = step.to(tl.int32, bitcast=True) >> 23
+        factor = norm * COLUMNS**0.5
+    exponent += (factor.to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 

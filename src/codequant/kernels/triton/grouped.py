@@ -6,6 +6,7 @@ int8 planes of activations share the decoded weights; float16 activations meet f
 """
 
 from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -208,6 +209,16 @@ def _grouped(
         )  # fmt: skip
 
 
+def _overlapped() -> ModuleType:
+    """In Triton's explicit dialect, which another version may lack: imported where a tile asks for it."""
+    return import_module("codequant.kernels.triton.overlapped")
+
+
+def overlaps(weight: TritonWeight, tile: Tile) -> bool:
+    """Whether `overlapped` runs this product."""
+    return tile.overlap and _overlapped().serves(weight)
+
+
 def grouped(
     x: Activations,
     weight: TritonWeight,
@@ -221,12 +232,16 @@ def grouped(
     tokens: int,
     tile: Tile,
     pdl: Launch,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """x in any form but FIXED24. Three uses:
 
     routing None: one matrix, [tokens, N]. Routing without pair_weight: x rows are tokens, the result [pairs, N] is in
     expert order. Routing with pair_weight: x rows are in expert order, the result [pairs, N] is in the order of pairs,
     weighted; rows of sentinel pairs are left unwritten.
+
+    With out_scale [pairs], which is written, the result of the second use is the values of `Activations` in float16;
+    `overlaps` must hold, and there be no bias.
     """
     values, scale, zero = x
     planes, positions, _ = values.shape
@@ -252,13 +267,14 @@ def grouped(
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
         BN=tile.rows, STAGES=tile.stages, num_warps=tile.warps, maxnreg=tile.registers, **pdl.options,
     )  # fmt: skip
-    overlapped = import_module("codequant.kernels.triton.overlapped") if tile.overlap else None
-    if overlapped and overlapped.serves(weight):
+    if overlaps(weight, tile):
+        overlapped = _overlapped()
         rows = tile.rows if gated else 2 * tile.rows
         BK = overlapped.step_bytes(P // 2, tile.bytes) // item
         overlapped.kernel[(triton.cdiv(N, rows), blocks)](
-            *arguments, BK=BK, SPAN=tile.span, SPECIALIZED=tile.specialized, **constants
-        )
+            *arguments, weight.norm, out_scale if out_scale is not None else scale, BK=BK, SPAN=tile.span,
+            SPECIALIZED=tile.specialized, HALF=out_scale is not None, **constants,
+        )  # fmt: skip
     else:
         BK = min(tile.bytes, triton.next_power_of_2(P // 2)) // item
         _grouped[(triton.cdiv(N, tile.rows), blocks)](*arguments, G=G, BK=BK, **constants)

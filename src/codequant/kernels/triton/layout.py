@@ -36,6 +36,7 @@ class TritonWeight:
     paired: Tensor  # int32 [E, O, 1, 4]: the same as `paired_entries`; empty where G > 1 or there are none
     step: Tensor  # float32 [E, O, G]
     row_sum: Tensor  # float32 [E, O]: sum over groups of step * sum of the row's entries
+    norm: Tensor  # float32 [E]: the largest Euclidean norm of a row
     in_features: int
     bits: int
     stacked: bool  # False: a single matrix, and E = 1
@@ -57,7 +58,7 @@ class TritonWeight:
     @property
     def tensors(self) -> list[Tensor]:
         """In the order in which the custom operators take them."""
-        return [self.words, self.table, self.paired, self.step, self.row_sum]
+        return [self.words, self.table, self.paired, self.step, self.row_sum, self.norm]
 
 
 def padded_group(group_size: int) -> int:
@@ -105,8 +106,8 @@ def indices_from_words(words: Tensor, groups: int, in_features: int) -> Tensor:
     return padded[..., :S].reshape(*lead, in_features)
 
 
-def _repack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One matrix: (words, table, step, row_sum), without the leading E; the table int8 [O, G, 16]."""
+def _repack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One matrix: (words, table, step, row_sum, norm), without the leading E; the table int8 [O, G, 16]."""
     O, G, K = weight.codebook.shape
     order = _order(K, weight.codebook.device)
     indices = unpack_indices(weight.packed, weight.bits, weight.in_features)
@@ -115,7 +116,9 @@ def _repack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step = weight.step.float()
     counts = torch.stack([(indices.view(O, G, -1) == k).sum(-1) for k in range(K)], dim=-1)  # [O, G, K]
     entry_sum = (counts * weight.codebook).sum(-1)  # [O, G]
-    return words, table, step, (step.double() * entry_sum).sum(-1).float()
+    squares = (counts * weight.codebook.int() ** 2).sum(-1)  # [O, G]
+    norm = (step.double() ** 2 * squares).sum(-1).max().sqrt()
+    return words, table, step, (step.double() * entry_sum).sum(-1).float(), norm.float()
 
 
 def to_triton(weight: PackedWeight) -> TritonWeight:
@@ -126,12 +129,12 @@ def to_triton(weight: PackedWeight) -> TritonWeight:
     else:
         each = zip(weight.packed, weight.codebook, weight.step, strict=True)
         parts = [_repack(PackedWeight(p, c, s, weight.in_features)) for p, c, s in each]
-    words, table, step, row_sum = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    words, table, step, row_sum, norm = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
     paired = paired_entries(table) if table.shape[2] == 1 else None
     if paired is None:
         paired = table[:0]
     tables = (table.view(torch.int32), paired.view(torch.int32))
-    return TritonWeight(words, *tables, step, row_sum, weight.in_features, weight.bits, stacked)
+    return TritonWeight(words, *tables, step, row_sum, norm, weight.in_features, weight.bits, stacked)
 
 
 def from_triton(weight: TritonWeight) -> PackedWeight:

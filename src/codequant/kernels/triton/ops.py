@@ -1,31 +1,109 @@
 """The kernels as PyTorch operators, so that torch.compile and CUDA graphs take them as they are.
 
-A feed-forward is `route`, `expert_up` and `expert_down`; between the last two the caller may apply what no kernel
-fuses. Which kernel runs is decided inside, by the number of tokens: small batches use the decode kernel, which needs no
-routing (its lists are then left unwritten) and keeps the intermediate in the order of the pairs; larger ones use
-expert-sorted blocks, and the intermediate is in expert order. What is between them must therefore treat rows alike.
-The three must agree on block sizes, so all are told `layer_bits`, the wider of the layer's two activation widths.
+A feed-forward is `experts`, or, where the caller applies between its matrices what no kernel fuses, `route`,
+`expert_up` and `expert_down`. Which kernel runs is decided inside, by the number of tokens: small batches use the
+decode kernel, which needs no routing (its lists are then left unwritten) and keeps the intermediate in the order of the
+pairs; larger ones use expert-sorted blocks, and the intermediate is in expert order. What is between them must
+therefore treat rows alike. The three must agree on block sizes, so all are told `layer_bits`, the wider of the layer's
+two activation widths.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codequant.kernels.triton.activation import quantize
+from codequant.kernels.triton.activation import Activations, Form, quantize
 from codequant.kernels.triton.combine import combine
 from codequant.kernels.triton.decode import decode
 from codequant.kernels.triton.dense import dequantize
 from codequant.kernels.triton.dispatch import DECODED_TOKENS, decode_form, exact_a16, generation
-from codequant.kernels.triton.grouped import grouped
+from codequant.kernels.triton.grouped import grouped, overlaps
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
 from codequant.kernels.triton.routing import route as launch_route
 from codequant.kernels.triton.single import single_down, single_up
 
 
+class Matrix(NamedTuple):
+    """A codebook matrix of each expert."""
+
+    weight: TritonWeight
+    bias: Tensor | None
+    bits: int  # of its activations, and their clip
+    clip: float
+
+
 def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
-    words, table, paired, step, row_sum = tensors
-    return TritonWeight(words, table, paired, step, row_sum, in_features, bits=4, stacked=True)
+    words, table, paired, step, row_sum, norm = tensors
+    return TritonWeight(words, table, paired, step, row_sum, norm, in_features, bits=4, stacked=True)
+
+
+def run_route(expert: Tensor, experts: int, layer_bits: int) -> Routing:
+    """expert [T, top_k] -> pairs in expert order, in blocks that suit activations of so many bits."""
+    chip, pairs = generation(expert.device), expert.numel()
+    config = chip.pick(layer_bits, len(expert), pairs, experts)
+    if config is None:
+        return empty_routing(expert, experts)
+    return launch_route(expert, experts, config.tokens, chip.routing_pdl)
+
+
+def run_up(
+    x: Tensor, expert: Tensor, routing: Routing, up: Matrix, gated: bool, activation: str, layer_bits: int,
+    next_down: Matrix | None = None,
+) -> Tensor | Activations:  # fmt: skip
+    """x [T, I] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x). If `next_down` is what comes
+    next, maybe in the form that it multiplies."""
+    w, chip = up.weight, generation(x.device)
+    (tokens, top_k), pairs, experts = expert.shape, expert.numel(), len(w.words)
+    pdl, rows = chip.pdl(pairs), w.out_features // 2 if gated else w.out_features
+    config = chip.pick(layer_bits, tokens, pairs, experts)
+    if config is None:
+        form = decode_form(up.bits)
+        if tokens == 1 and chip.takes_single_up(form, top_k, rows, w.words.shape[2], w.groups):
+            programs = 2 * chip.multiprocessors
+            return single_up(
+                x, w, up.bias, expert, gated, activation, up.bits, up.clip, programs, chip.single_up, pdl
+            )  # fmt: skip
+        q = quantize(x, w.groups, up.bits, up.clip, form, pdl)
+        return decode(q, w, up.bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up[form], pdl)
+    form, tile = chip.form(up.bits, pairs / experts), config.pick_up(w.in_features)
+    q = quantize(x, w.groups, up.bits, up.clip, form, pdl, overlap="before")
+    finished = (
+        next_down is not None and form is chip.form(next_down.bits, pairs / experts) is Form.FLOAT16
+        and up.bias is None and overlaps(w, tile)
+        and overlaps(next_down.weight, config.pick_down(next_down.weight.in_features))
+    )  # fmt: skip
+    dtype, scale = (torch.float16, q.scale.new_empty(pairs)) if finished else (x.dtype, None)
+    y = grouped(q, w, up.bias, routing, None, top_k, gated, activation, dtype, config.tokens, tile, pdl, scale)
+    return y if scale is None else Activations(y.unsqueeze(0), scale, zero=scale)
+
+
+def run_down(
+    hidden: Tensor | Activations, expert: Tensor, pair_weight: Tensor, routing: Routing, down: Matrix,
+    dtype: torch.dtype, layer_bits: int,
+) -> Tensor:  # fmt: skip
+    """hidden [T * top_k, M] of `run_up`, expert and pair_weight [T, top_k] -> [T, O]."""
+    w, chip = down.weight, generation(expert.device)
+    (tokens, top_k), pairs, experts = expert.shape, expert.numel(), len(w.words)
+    pdl = chip.pdl(pairs)
+    config = chip.pick(layer_bits, tokens, pairs, experts)
+    form = decode_form(down.bits) if config is None else chip.form(down.bits, pairs / experts)
+    if isinstance(hidden, Activations):
+        q = hidden
+    elif tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
+        single = chip.pick_single_down(w.in_features)
+        return single_down(hidden, w, down.bias, expert, pair_weight, down.bits, down.clip, single, pdl)
+    else:
+        # What comes next reads the lists before it waits: `run_up` has waited for them.
+        q = quantize(hidden, w.groups, down.bits, down.clip, form, pdl, overlap="after")
+    if config is None:
+        config_down = chip.pick_decode_down(tokens, top_k)
+        return decode(q, w, down.bias, expert, pair_weight, top_k, False, "none", dtype, config_down, pdl)
+    tile = config.pick_down(w.in_features)
+    y = grouped(q, w, down.bias, routing, pair_weight, top_k, False, "none", dtype, config.tokens, tile, pdl)
+    return combine(y, expert, experts, top_k, dtype, pdl)
 
 
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())
@@ -53,14 +131,46 @@ def _(x, weight, in_features, bias, activation_bits, clip):
     return x.new_empty(x.shape[0], weight[0].shape[1])
 
 
+@torch.library.custom_op("codequant::triton_experts", mutates_args=())
+def experts(
+    x: Tensor,
+    expert: Tensor,
+    pair_weight: Tensor,
+    up: list[Tensor],
+    in_features: int,
+    up_bias: Tensor | None,
+    up_bits: int,
+    up_clip: float,
+    gated: bool,
+    activation: str,
+    down: list[Tensor],
+    intermediate: int,
+    down_bias: Tensor | None,
+    down_bits: int,
+    down_clip: float,
+) -> Tensor:
+    """x [T, I], expert and pair_weight [T, top_k] -> [T, O] in x's dtype: all of a feed-forward."""
+    x, expert, pair_weight = x.contiguous(), expert.contiguous(), pair_weight.contiguous()
+    first = Matrix(_weight(up, in_features), up_bias, up_bits, up_clip)
+    second = Matrix(_weight(down, intermediate), down_bias, down_bits, down_clip)
+    layer_bits = max(up_bits, down_bits)
+    routing = run_route(expert, len(up[0]), layer_bits)
+    hidden = run_up(x, expert, routing, first, gated, activation, layer_bits, next_down=second)
+    return run_down(hidden, expert, pair_weight, routing, second, x.dtype, layer_bits)
+
+
+@experts.register_fake
+def _(
+    x, expert, pair_weight, up, in_features, up_bias, up_bits, up_clip, gated, activation, down, intermediate,
+    down_bias, down_bits, down_clip,
+):  # fmt: skip
+    return x.new_empty(expert.shape[0], down[0].shape[1])
+
+
 @torch.library.custom_op("codequant::triton_route", mutates_args=())
 def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
-    """expert [T, top_k] -> the tensors of a Routing, whose blocks suit activations of so many bits."""
-    chip, pairs = generation(expert.device), expert.numel()
-    config = chip.pick(layer_bits, len(expert), pairs, experts)
-    if config is None:
-        return empty_routing(expert, experts).tensors
-    return launch_route(expert.contiguous(), experts, config.tokens, chip.routing_pdl).tensors
+    """expert [T, top_k] -> the tensors of a Routing."""
+    return run_route(expert.contiguous(), experts, layer_bits).tensors
 
 
 @route.register_fake
@@ -76,36 +186,21 @@ def expert_up(
     weight: list[Tensor],
     in_features: int,
     bias: Tensor | None,
+    bits: int,
+    clip: float,
     gated: bool,
     activation: str,
-    activation_bits: int,
-    clip: float,
     layer_bits: int,
 ) -> Tensor:
     """x [T, I], expert [T, top_k] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x)."""
-    w, x, chip = _weight(weight, in_features), x.contiguous(), generation(x.device)
-    expert, (tokens, top_k) = expert.contiguous(), expert.shape
-    pairs, experts = expert.numel(), len(w.words)
-    pdl = chip.pdl(pairs)
-    config = chip.pick(layer_bits, tokens, pairs, experts)
-    if config is None:
-        form, rows = decode_form(activation_bits), w.out_features // 2 if gated else w.out_features
-        if tokens == 1 and chip.takes_single_up(form, top_k, rows, w.words.shape[2], w.groups):
-            programs = 2 * chip.multiprocessors
-            return single_up(
-                x, w, bias, expert, gated, activation, activation_bits, clip, programs, chip.single_up, pdl
-            )  # fmt: skip
-        q = quantize(x, w.groups, activation_bits, clip, form, pdl)
-        return decode(q, w, bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up[form], pdl)
-    q = quantize(x, w.groups, activation_bits, clip, chip.form(activation_bits, pairs / experts), pdl, overlap="before")
-    tile = config.pick_up(in_features)
-    return grouped(
-        q, w, bias, Routing(*routing), None, top_k, gated, activation, x.dtype, config.tokens, tile, pdl
-    )  # fmt: skip
+    up = Matrix(_weight(weight, in_features), bias, bits, clip)
+    hidden = run_up(x.contiguous(), expert.contiguous(), Routing(*routing), up, gated, activation, layer_bits)
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 @expert_up.register_fake
-def _(x, expert, routing, weight, in_features, bias, gated, activation, activation_bits, clip, layer_bits):
+def _(x, expert, routing, weight, in_features, bias, bits, clip, gated, activation, layer_bits):
     rows = weight[0].shape[1]
     return x.new_empty(expert.numel(), rows // 2 if gated else rows)
 
@@ -119,32 +214,18 @@ def expert_down(
     weight: list[Tensor],
     in_features: int,
     bias: Tensor | None,
-    activation_bits: int,
+    bits: int,
     clip: float,
     layer_bits: int,
 ) -> Tensor:
     """hidden [T * top_k, M] of `expert_up`, expert and pair_weight [T, top_k] -> [T, O] in hidden's dtype."""
-    w, hidden, chip = _weight(weight, in_features), hidden.contiguous(), generation(hidden.device)
-    expert, pair_weight, (tokens, top_k) = expert.contiguous(), pair_weight.contiguous(), expert.shape
-    pairs, experts = expert.numel(), len(w.words)
-    pdl = chip.pdl(pairs)
-    config = chip.pick(layer_bits, tokens, pairs, experts)
-    form = decode_form(activation_bits) if config is None else chip.form(activation_bits, pairs / experts)
-    if tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
-        single = chip.pick_single_down(in_features)
-        return single_down(hidden, w, bias, expert, pair_weight, activation_bits, clip, single, pdl)
-    # What comes next reads the lists before it waits: `expert_up` has waited for them.
-    q = quantize(hidden, w.groups, activation_bits, clip, form, pdl, overlap="after")
-    if config is None:
-        down = chip.pick_decode_down(tokens, top_k)
-        return decode(q, w, bias, expert, pair_weight, top_k, False, "none", hidden.dtype, down, pdl)
-    tile = config.pick_down(in_features)
-    y = grouped(
-        q, w, bias, Routing(*routing), pair_weight, top_k, False, "none", hidden.dtype, config.tokens, tile, pdl
+    down = Matrix(_weight(weight, in_features), bias, bits, clip)
+    return run_down(
+        hidden.contiguous(), expert.contiguous(), pair_weight.contiguous(), Routing(*routing), down, hidden.dtype,
+        layer_bits,
     )  # fmt: skip
-    return combine(y, expert, experts, top_k, hidden.dtype, pdl)
 
 
 @expert_down.register_fake
-def _(hidden, expert, pair_weight, routing, weight, in_features, bias, activation_bits, clip, layer_bits):
+def _(hidden, expert, pair_weight, routing, weight, in_features, bias, bits, clip, layer_bits):
     return hidden.new_empty(expert.shape[0], weight[0].shape[1])

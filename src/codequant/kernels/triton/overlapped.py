@@ -24,13 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from codequant.kernels.triton import epilogue, grouped, launch, ptx, routing
+from codequant.kernels.triton import activation, epilogue, grouped, launch, ptx, routing
 from codequant.kernels.triton.layout import TritonWeight
 
 SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
 COPY_WARPS, COPY_REGISTERS = gl.constexpr(4), gl.constexpr(40)  # of the warp group that copies
 
 _activate = gluon.jit(epilogue.activate.fn)
+_bounded_step = gluon.jit(activation.bounded_step.fn)
 _block_range = gluon.jit(routing.block_range.fn)
 _follow = gluon.jit(launch.follow.fn)
 _lookup_bytes = gluon.jit(ptx.lookup_bytes.fn)
@@ -65,10 +66,19 @@ def _rows(e, row_block, N, GATED: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def _row_order(r, BN: gl.constexpr, HALF: gl.constexpr):
+    """Which row of its block a program takes as its r-th; HALF: rows 4i and 4i + 1 of all i first, as they go to one
+    run of `lookup_pairs`, then the others, which go to the next."""
+    if HALF:
+        r = r % (BN // 2) // 2 * 4 + r // (BN // 2) * 2 + r % 2
+    return r
+
+
+@gluon.jit
 def _sources(
     x, packed, pair, e, row_block, start, end, N,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, FLOAT: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, PER_LINE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, PER_LINE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Where the first copies come from: activations [BM, BK]; which of their rows are live; the expert's weights; from
     there, both blocks [BN, PER_LINE * BK] as offsets, which take half of the registers of pointers. A thread copies 16
@@ -88,7 +98,7 @@ def _sources(
     LINE: gl.constexpr = PER_LINE * BYTES
     LINES: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // LINE, LINE // 16], [gl.num_warps(), 1], [1, 0])
     k = gl.expand_dims(gl.arange(0, PER_LINE * BK, layout=gl.SliceLayout(0, LINES)), 0)
-    r = gl.arange(0, BN, layout=gl.SliceLayout(1, LINES))
+    r = _row_order(gl.arange(0, BN, layout=gl.SliceLayout(1, LINES)), BN, HALF)
     first_from = gl.expand_dims(gl.minimum(first_row + r, N - 1), 1) * RUN + k
     second_from = gl.expand_dims(gl.minimum(second_row + r, last_second), 1) * RUN + k
     return x_from, live, packed + base * RUN, first_from, second_from
@@ -139,14 +149,14 @@ def _copy(
     x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, PLANES: gl.constexpr,
     FLOAT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    HALF: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The part of the warp group that copies: fills slot after slot, as soon as it is `empty`, and says `full`."""
     ITEM: gl.constexpr = 2 if FLOAT else 1
     RUN: gl.constexpr = P // (2 * ITEM)
     STEPS: gl.constexpr = RUN // BK
     x_from, live, weights, first_from, second_from = _sources(
-        x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, 1
+        x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, 1, HALF
     )
     for s in gl.static_range(STAGES):
         if s < STEPS:
@@ -205,26 +215,53 @@ def _step(
 
 @gluon.jit
 def _finish(
-    high, low, scale, zero, share, step, row_sum, bias, row, PLANES: gl.constexpr, HAS_BIAS: gl.constexpr
+    high, low, scale, zero, share, step, row_sum, bias, row,
+    PLANES: gl.constexpr, FLOAT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Accumulators [BN, BM] -> float32 results times the tokens' shares, which scale and zero [1, BM] contain; step and
     row_sum [BN]."""
     y = high.to(gl.float32)
     if PLANES == 2:
         y = y * 256.0 + low.to(gl.float32)
-    y = (y * gl.expand_dims(step, 1)) * scale + gl.expand_dims(row_sum, 1) * zero
+    y = (y * gl.expand_dims(step, 1)) * scale
+    if not FLOAT:
+        y += gl.expand_dims(row_sum, 1) * zero
     if HAS_BIAS:
         y += gl.expand_dims(gl.load(bias + row).to(gl.float32), 1) * share
     return y
 
 
 @gluon.jit
+def _store(out, result, out_row, first, start, end, N, HALF: gl.constexpr):
+    """Writes results [BN, BM] of the weight rows from `first` on; HALF: in the order of `lookup_pairs`."""
+    BN: gl.constexpr = result.shape[0]
+    BM: gl.constexpr = result.shape[1]
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+    r = gl.arange(0, BN, layout=gl.SliceLayout(1, OUT))
+    if HALF:
+        # `_row_order` has put the rows of a run side by side. N is a multiple of 64, and so a half of it of 32.
+        pair = first // 2 + r % (BN // 2)
+        inside = pair < N // 2
+        n = pair + gl.where(pair < N // 4, 0, N // 4) + r // (BN // 2) * (N // 4)
+        n = gl.max_contiguous(gl.multiple_of(n, 8), 8)
+    else:
+        n = first + r
+        inside = n < N
+    live = start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT)) < end
+    inside = gl.expand_dims(inside, 1) & gl.expand_dims(live, 0)
+    row = out_row.load(gl.SliceLayout(0, OUT)).to(gl.int64)
+    gl.store(out + gl.expand_dims(row, 0) * N + gl.expand_dims(n, 1), result.load(OUT), mask=inside)
+
+
+@gluon.jit
 def _multiply_block(
-    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end, plane, N,
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+    e, row_block, start, end, plane, N,
     first_smem, second_smem, x0, x1, x2, x3, full, empty,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, HALF: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The part of the warps that multiply, and without SPECIALIZED also copy."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -241,23 +278,22 @@ def _multiply_block(
     TOKEN: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     LIST: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     OUT_SHARED: gl.constexpr = gl.NVMMASharedLayout(128, OUT_TYPE.primitive_bitwidth, 2, transposed=True)
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
 
     base, first_row, second_row, last_second = _rows(e, row_block, N, GATED, BN)
     if not SPECIALIZED:
         x_from, live, weights, first_from, second_from = _sources(
-            x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, PER_LINE
+            x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, PER_LINE, HALF
         )
         for s in gl.static_range(0, STAGES - 1, PER_LINE):
             if s < STEPS:
                 _copy_weights(
                     weights, first_from, second_from, first_smem, second_smem, s // PER_LINE, s // PER_LINE, RUN
                 )
-    r = gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND))
+    r = _row_order(gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND)), BN, HALF)
     t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
     u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
     # What the results need of each row as well: loaded at the end, it would be one more way to memory to wait for.
-    r = gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS))
+    r = _row_order(gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS)), BN, HALF)
     first_at = base + gl.minimum(first_row + r, N - 1)
     second_at = base + gl.minimum(second_row + r, last_second)
     first_step, first_sum = gl.load(step + first_at), gl.load(row_sum + first_at)
@@ -280,14 +316,21 @@ def _multiply_block(
         if SCATTER:
             out_row = p
     scale = gl.load(x_scale + x_row)
-    zero = gl.load(x_zero + x_row)
+    zero = scale
+    if not FLOAT:
+        zero = gl.load(x_zero + x_row)
+    if HALF and row_block == 0:
+        out_step, _ = _bounded_step(scale, gl.load(norm + e), P, GATED)
+        gl.store(out_scale + token, out_step)
     if SCATTER:
         share = gl.load(pair_weight + p).to(gl.float32)
         scale *= share
         zero *= share
         share_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, share)
     scale_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, scale)
-    zero_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, zero)
+    zero_smem = scale_smem
+    if not FLOAT:
+        zero_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, zero)
     out_row_smem = gl.allocate_shared_memory(gl.int32, [BM], LIST, out_row)
 
     first = gl.zeros([BN, BM], SUM_TYPE, SUMS)
@@ -341,31 +384,37 @@ def _multiply_block(
     share = 1.0
     if SCATTER and HAS_BIAS:
         share = gl.expand_dims(share_smem.load(gl.SliceLayout(0, SUMS)), 0)
-    y = _finish(first, first_low, scale, zero, share, first_step, first_sum, bias, first_at, PLANES, HAS_BIAS)
+    y = _finish(first, first_low, scale, zero, share, first_step, first_sum, bias, first_at, PLANES, FLOAT, HAS_BIAS)
     y = _activate(y, ACTIVATION)
-    z = _finish(second, second_low, scale, zero, share, second_step, second_sum, bias, second_at, PLANES, HAS_BIAS)
+    z = _finish(
+        second, second_low, scale, zero, share, second_step, second_sum, bias, second_at, PLANES, FLOAT, HAS_BIAS
+    )
     if GATED:
         y *= z
     else:
         z = _activate(z, ACTIVATION)
 
+    if HALF:
+        _, inverse = _bounded_step(scale, gl.load(norm + e), P, GATED)
+        y *= inverse
+        if not GATED:
+            z *= inverse
     # Through shared memory once more, for neighbours of a row of `out` to be written together.
-    n = first_row + gl.expand_dims(gl.arange(0, BN, layout=gl.SliceLayout(1, OUT)), 1)
-    inside = gl.expand_dims(start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT)) < end, 0)
-    target = out + gl.expand_dims(out_row_smem.load(gl.SliceLayout(0, OUT)).to(gl.int64), 0) * N + n
     out_smem = gl.allocate_shared_memory(OUT_TYPE, [BN, BM], OUT_SHARED, y.to(OUT_TYPE))
-    gl.store(target, out_smem.load(OUT), mask=inside & (n < N))
+    _store(out, out_smem, out_row_smem, first_row, start, end, N, HALF)
     if not GATED:
         out_smem.store(z.to(OUT_TYPE))
-        gl.store(target + BN, out_smem.load(OUT), mask=inside & (n + BN < N))
+        _store(out, out_smem, out_row_smem, first_row + BN, start, end, N, HALF)
 
 
 @gluon.jit
 def _block(
-    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end, plane, N,
+    x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+    e, row_block, start, end, plane, N,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, HALF: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Two blocks of BN weight rows of expert e times the tokens at positions start..end, BM of them at most."""
     ITEM: gl.constexpr = 2 if FLOAT else 1
@@ -401,17 +450,17 @@ def _block(
                 (
                     _multiply_block,
                     (
-                        x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block,
-                        start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
+                        x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+                        e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
                         TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
-                        SPECIALIZED, PDL,
+                        SPECIALIZED, HALF, PDL,
                     ),
                 ),
                 (
                     _copy,
                     (
                         x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3,
-                        full, empty, TOP_K, P, GATHER, GATED, PLANES, FLOAT, BM, BN, BK, STAGES, PDL,
+                        full, empty, TOP_K, P, GATHER, GATED, PLANES, FLOAT, BM, BN, BK, STAGES, HALF, PDL,
                     ),
                 ),
             ],
@@ -420,22 +469,24 @@ def _block(
         )  # fmt: skip
     else:
         _multiply_block(
-            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, end,
-            plane, N, first_smem, second_smem, x0, x1, x2, x3, None, None, TOP_K, P, GATHER, SCATTER, GATED,
-            ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES, SPECIALIZED, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+            e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, None, None,
+            TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
+            SPECIALIZED, HALF, PDL,
         )  # fmt: skip
 
 
 @gluon.jit
 def kernel(
     x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out,
-    pair, block_expert, block_start, block_end, tokens, plane, N, E,
+    pair, block_expert, block_start, block_end, tokens, plane, N, E, norm, out_scale,
     TOP_K: gl.constexpr, P: gl.constexpr, ROUTED: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPAN: gl.constexpr,
-    SPECIALIZED: gl.constexpr, PDL: gl.constexpr,
+    SPECIALIZED: gl.constexpr, HALF: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As `grouped._grouped`. Grid (blocks of rows, blocks of tokens); SPAN blocks of tokens share rows at a time."""
+    """As `grouped._grouped`; norm float32 [E]. HALF: `out` is float16 as `Activations` have it, and out_scale float32
+    [positions] its scale. Grid (blocks of rows, blocks of tokens); SPAN blocks of tokens share rows at a time."""
     place = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     first_block = place // (SPAN * gl.num_programs(0)) * SPAN
     span = gl.minimum(gl.num_programs(1) - first_block, SPAN)
@@ -448,19 +499,22 @@ def kernel(
     # An expert's last block, often its only one, may be short: it then takes a half or a quarter of the products.
     if BM >= 32 and stop - start <= BM // 4:
         _block(
-            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
-            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 4, BN, BK, STAGES,
-            SPECIALIZED, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+            e, row_block, start, stop, plane, N,
+            TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 4, BN, BK, STAGES,
+            SPECIALIZED, HALF, PDL,
         )  # fmt: skip
     elif stop - start <= BM // 2:
         _block(
-            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
-            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 2, BN, BK, STAGES,
-            SPECIALIZED, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+            e, row_block, start, stop, plane, N,
+            TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM // 2, BN, BK, STAGES,
+            SPECIALIZED, HALF, PDL,
         )  # fmt: skip
     else:
         _block(
-            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, pair, e, row_block, start, stop,
-            plane, N, TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
-            SPECIALIZED, PDL,
+            x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
+            e, row_block, start, stop, plane, N,
+            TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
+            SPECIALIZED, HALF, PDL,
         )  # fmt: skip
