@@ -194,13 +194,13 @@ _WIDE_DOWN = _overlap(64, 128, 4, 3)
 _LEVELS_90 = (
     GroupedConfig(12, 16, _plain(128), _plain(128), _overlap(64, 64, 4, 6, 168), _LEVELS[0].wide_down),
     replace(_uniform(24, 32, _overlap(64, 64, 4, 6), _plain(128)), wide_down=_WIDE_DOWN),
-    replace(_uniform(72, 64, _plain(168), _plain(168)), wide_down=_WIDE_DOWN),
+    replace(_uniform(56, 64, _plain(168), _plain(168)), wide_down=_WIDE_DOWN),
     GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _plain(span=8), _SPECIALIZED_4),
 )
 _FIXED16_90 = (
     replace(_uniform(12, 16, _overlap(64, 64, 4, 6, 168), _plain(128)), wide_down=_FIXED16[0].wide_down),
     replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_WIDE_DOWN),
-    _uniform(48, 64, _plain(), _overlap(64, 64, 4, 3)),
+    replace(_uniform(48, 64, _plain(), _overlap(64, 64, 4, 3)), wide_down=_plain()),
 )
 _FLOAT16_90 = (
     _uniform(16, 16, _plain(), _plain()),
