@@ -148,7 +148,7 @@ DECODED_TOKENS = 2  # of a single matrix: up to so many, the decode kernel runs 
 
 def exact_a16() -> bool:
     """Whether CODEQUANT_A16 asks for 16-bit activations as they are ("exact") instead of, where that is faster, in 16
-    bits of fixed point ("fast", the default)."""
+    bits of fixed point, or in float16 of a range that is known beforehand ("fast", the default)."""
     mode = os.environ.get("CODEQUANT_A16", "fast")
     if mode not in ("fast", "exact"):
         raise InputError(f"CODEQUANT_A16: {mode!r}, expected fast or exact")

@@ -72,7 +72,7 @@ def run_up(
     q = quantize(x, w.groups, up.bits, up.clip, form, pdl, overlap="before")
     finished = (
         next_down is not None and form is chip.form(next_down.bits, pairs / experts) is Form.FLOAT16
-        and up.bias is None and overlaps(w, tile)
+        and not exact_a16() and up.bias is None and overlaps(w, tile)
         and overlaps(next_down.weight, config.pick_down(next_down.weight.in_features))
     )  # fmt: skip
     dtype, scale = (torch.float16, q.scale.new_empty(pairs)) if finished else (x.dtype, None)
