@@ -232,8 +232,8 @@ def assert_experts_equal_twin(x: Tensor, index: Tensor, weights: Tensor, experts
     assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
     for t, k in [(t, k) for t in range(len(x)) for k in range(index.shape[1]) if index[t, k] < len(gate_up.packed)]:
         e = index[t, k]
-        first = PackedWeight(gate_up.packed[e], gate_up.codebook[e], gate_up.step[e], gate_up.in_features)
-        second = PackedWeight(down.packed[e], down.codebook[e], down.step[e], down.in_features)
+        first = gate_up.matrix(e)
+        second = down.matrix(e)
         bias = None if experts.gate_up_bias is None else experts.gate_up_bias[e]
         token = x[t : t + 1].double()
         z = reference.codebook_linear(token, first, bias, experts.input_bits, experts.input_clip)

@@ -357,9 +357,7 @@ def check_experts(
         if not 0 <= e < E:
             continue
         t, w = pair // k, float(weights.flatten()[pair])
-        up, down = (
-            PackedWeight(m.packed[e], m.codebook[e], m.step[e], m.in_features) for m in (experts.gate_up, experts.down)
-        )
+        up, down = (m.matrix(e) for m in (experts.gate_up, experts.down))
         bias = (None, None) if experts.down_bias is None else (experts.gate_up_bias[e], experts.down_bias[e])
         raw = reference.codebook_linear(x[t : t + 1].double(), up, bias[0], experts.input_bits, experts.input_clip)
         raw_error = linear_tolerance(x[t : t + 1], up, experts.input_bits) + 4 * max(eps, EPS) * raw.abs()
@@ -595,13 +593,12 @@ def test_an_intermediate_is_ready_for_the_next_product(device: torch.device, ove
         x[t] = rows[index[t, 0], t + (M if has_gate else 0)].sign() * 2.0**t
     x = x.bfloat16()
     first, second = (
-        ops.Matrix(ops._weight(w.tensors, w.in_features), None, overlapped, 1.0)
-        for w in (backend.to_triton(to(m, device)) for m in (experts.gate_up, experts.down))
+        ops.Matrix(backend.to_triton(to(m, device)), None, overlapped, 1.0) for m in (experts.gate_up, experts.down)
     )
     there = index.to(device)
-    lists = ops.run_route(there, E, overlapped)
-    activation = "silu" if has_gate else "relu"
-    ready = ops.run_up(x.to(device), there, lists, first, has_gate, activation, overlapped, next_down=second)
+    plan = ops.make_plan(there, E, overlapped)
+    lists = ops.run_route(there, plan)
+    ready = ops.run_up(x.to(device), there, lists, plan, first, has_gate, experts.activation, next_down=second)
     assert isinstance(ready, Activations)
     values, scale = ready.values[0].double().cpu(), ready.scale.double().cpu()
     assert (values.abs() <= 2**15).all() and (values.abs().amax(1) > 0).sum() >= 2 * T - 4
@@ -680,9 +677,7 @@ def test_operators_are_registered_correctly(device: torch.device, T: int) -> Non
     up_arguments = (up.tensors, 40, experts.gate_up_bias, 8, 1.0, True, "silu")
     down_arguments = (down.tensors, 24, experts.down_bias, 8, 1.0)
     hidden = ops.expert_up(x, index, lists, *up_arguments, 8)
-    one = backend.prepare_linear(
-        PackedWeight(*(getattr(experts.down, n)[0] for n in ("packed", "codebook", "step")), 24)
-    )
+    one = backend.prepare_linear(experts.down.matrix(0))
     checks = [
         (ops.linear, (hidden, one.tensors, 24, None, 8, 1.0)),
         (ops.expert_up, (x, index, lists, *up_arguments, 8)),

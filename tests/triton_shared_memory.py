@@ -48,10 +48,10 @@ def shared_memory(capability: int, columns: int, form: Form, tokens: int, gated:
         ACTIVATION="silu" if gated else "none", HAS_BIAS=False, PLANES=form.planes, FLOAT=item == 2, BM=tokens,
         BN=tile.rows, BK=step // item, STAGES=tile.stages, PDL=False,
     )  # fmt: skip
-    half = item == 2 and gated  # what `down` multiplies next
+    half = tile.overlap and item == 2 and gated  # what `down` multiplies next
     constants |= dict(SPAN=tile.span, SPECIALIZED=tile.specialized, HALF=half) if tile.overlap else dict(G=1)
     types = POINTERS | (BOUNDED if tile.overlap else {}) | (dict(x="fp16", packed="u16") if item == 2 else {})
-    types |= dict(out="fp16") if half and tile.overlap else {}
+    types |= dict(out="fp16") if half else {}
     signature = {name: f"*{dtype}" for name, dtype in types.items()} | dict.fromkeys(NUMBERS, "i32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}
     make, kernel = (GluonASTSource, overlapped.kernel) if tile.overlap else (ASTSource, grouped._grouped)

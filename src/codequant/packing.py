@@ -49,6 +49,10 @@ class PackedWeight:
         """Columns that share a codebook; the whole row is in_features, never -1."""
         return self.in_features // self.codebook.shape[-2]
 
+    def matrix(self, index: int) -> "PackedWeight":
+        """One of a stack."""
+        return PackedWeight(self.packed[index], self.codebook[index], self.step[index], self.in_features)
+
 
 @dataclass(frozen=True)
 class PackedParts:

@@ -156,7 +156,7 @@ def implementations(shape: Shape, tokens: int) -> list[Implementation]:
     second = torch.empty(E, H, M, dtype=torch.bfloat16)
     for e in range(E):  # one at a time: unpacking takes 16 times the memory
         for target, w in ((first, gate_up), (second, down)):
-            target[e] = unpack(PackedWeight(w.packed[e], w.codebook[e], w.step[e], w.in_features))
+            target[e] = unpack(w.matrix(e))
     size = 2.0 * (first[0].numel() + second[0].numel())
     linear = _loop(lambda x, e: F.linear(x, first[e]), lambda x, e: F.linear(x, second[e]))
     rows.append(Implementation(BASELINE, linear, size, exact, BF16))
@@ -273,7 +273,7 @@ def product_rows(seconds: float, tokens: int = 512, size: int = 2048) -> list[di
     assert library is not None
     native.instruction_set()
     weight = _random_weight(1, size, size)
-    prepared = cpu.prepare_linear(PackedWeight(weight.packed[0], weight.codebook[0], weight.step[0], size))
+    prepared = cpu.prepare_linear(weight.matrix(0))
     x, plain = torch.randn(tokens, size).bfloat16(), torch.randn(size, size).bfloat16()
     operations, repeats = 2 * tokens * size * size, 1000
     products: dict[str, Callable[[], object]] = {

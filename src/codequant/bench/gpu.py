@@ -27,6 +27,7 @@ from triton.runtime.errors import OutOfResources
 from codequant.bench import results, triton_bf16
 from codequant.bench.shapes import SHAPES, Shape, parse_shapes
 from codequant.errors import InputError
+from codequant.evaluation import relative_errors
 from codequant.kernels import reference
 from codequant.kernels import triton as backend
 from codequant.kernels.reference import ExpertWeights
@@ -70,8 +71,12 @@ def dequantized(weight: PackedWeight) -> Tensor:
     """bf16 [E, O, I], one matrix at a time."""
     out = torch.empty(*weight.packed.shape[:2], weight.in_features, dtype=torch.bfloat16, device="cuda")
     for e, target in enumerate(out):
-        target.copy_(unpack(PackedWeight(weight.packed[e], weight.codebook[e], weight.step[e], weight.in_features)))
+        target.copy_(unpack(weight.matrix(e)))
     return out
+
+
+def ours(prepared: TritonExperts) -> Callable[[Call], Tensor]:
+    return lambda call: backend.experts(call.x, call.index, call.weights, prepared)
 
 
 def exactly(function: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
@@ -209,16 +214,16 @@ def relative_error(what: str, got: Tensor, expected: Tensor, unquantized: Tensor
     bf16, as in one of about a thousand pairs, they get all other levels: the result is as good, but another one. It
     then may differ by a multiple of what quantization itself changes.
     """
-    size, error = expected.norm(dim=1), (got - expected).norm(dim=1)
-    most = (MAX_ERROR * size).maximum(MAX_REQUANTIZED * (expected - unquantized).norm(dim=1))
-    typical, within = float((error / size).median()), error <= most  # neither holds for NaN
+    error = relative_errors(got, expected, None)
+    most = (MAX_REQUANTIZED * relative_errors(unquantized, expected, None)).clamp_min(MAX_ERROR)
+    typical, within = float(error.median()), error <= most  # neither holds for NaN
     if not (typical < MAX_ERROR and within.all()):
         worst = float((error / most).max())
         raise RuntimeError(
             f"{what}: median relative error of a token {typical:.3g}, expected < {MAX_ERROR}; "
             f"{int((~within).sum())} of {len(within)} tokens past their limit, by up to {worst:.3g} times"
         )
-    return float(error.norm() / size.norm())
+    return float((got - expected).norm() / expected.norm())
 
 
 def checked(
@@ -289,12 +294,7 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
     )
     what = f"{name}, {T} tokens"
 
-    def a8(call: Call) -> Tensor:
-        return backend.experts(call.x, call.index, call.weights, layer.a8)
-
-    def a16(call: Call) -> Tensor:
-        return backend.experts(call.x, call.index, call.weights, layer.a16)
-
+    a8, a16 = ours(layer.a8), ours(layer.a16)
     alone = grouped_mm_alone(shape, calls, layer.gate_up, layer.down)  # owns what its graph reads
     ready = {
         "codequant-a8": checked(f"codequant-a8, {what}", a8, calls, exact_a8, exact),
@@ -321,7 +321,7 @@ def _run_experts(name: str, layer: Layer, T: int, ceilings: tuple[float, float])
 def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> list[dict[str, Any]]:
     """A single matrix, eight copies in turn; tinygemm's 4-bit product (group size 128, its own weights) beside it."""
     packed = [random_packed(1, O, I) for _ in range(8)]
-    prepared = [backend.prepare_linear(PackedWeight(p.packed[0], p.codebook[0], p.step[0], I)) for p in packed]
+    prepared = [backend.prepare_linear(p.matrix(0)) for p in packed]
     dense = [dequantized(p)[0] for p in packed]
     scales = torch.ones(I // 128, O, 2, dtype=torch.bfloat16, device="cuda")
     tiny = [torch.ops.aten._convert_weight_to_int4pack(p.packed[0], 8) for p in packed]
@@ -334,8 +334,7 @@ def _run_linear(name: str, O: int, I: int, ceilings: tuple[float, float]) -> lis
     rows = []
     for T in LINEAR_TOKENS:
         x = torch.randn(T, I, device="cuda").bfloat16()
-        one = PackedWeight(packed[0].packed[0], packed[0].codebook[0], packed[0].step[0], I)
-        exact_a8, exact = (reference.codebook_linear(x.float(), one, None, bits) for bits in (8, 16))
+        exact_a8, exact = (reference.codebook_linear(x.float(), packed[0].matrix(0), None, bits) for bits in (8, 16))
         expected = {"codequant-a8": exact_a8, "codequant-a16": exact, "torch-bf16": exact}
         graphs, error = {}, dict.fromkeys(products, float("nan"))
         for label, product in products.items():

@@ -121,8 +121,7 @@ def _expert_linear(
         return F.linear(
             fake_quantize(x, bits, clip), weight[expert].to(x.dtype), None if row_bias is None else row_bias.to(x.dtype)
         )
-    one = PackedWeight(weight.packed[expert], weight.codebook[expert], weight.step[expert], weight.in_features)
-    return codebook_linear(x, one, row_bias, bits, clip)
+    return codebook_linear(x, weight.matrix(expert), row_bias, bits, clip)
 
 
 def codebook_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: ExpertWeights) -> Tensor:

@@ -18,8 +18,16 @@ from codequant.kernels.triton.activation import Activations, Form, quantize
 from codequant.kernels.triton.combine import combine
 from codequant.kernels.triton.decode import decode
 from codequant.kernels.triton.dense import dequantize
-from codequant.kernels.triton.dispatch import DECODED_TOKENS, decode_form, exact_a16, generation
+from codequant.kernels.triton.dispatch import (
+    DECODED_TOKENS,
+    Generation,
+    GroupedConfig,
+    decode_form,
+    exact_a16,
+    generation,
+)
 from codequant.kernels.triton.grouped import grouped, overlaps
+from codequant.kernels.triton.launch import Launch
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
 from codequant.kernels.triton.routing import route as launch_route
@@ -35,75 +43,92 @@ class Matrix(NamedTuple):
     clip: float
 
 
+class Plan(NamedTuple):
+    """What is decided by a feed-forward's sizes."""
+
+    chip: Generation
+    tokens: int
+    top_k: int
+    experts: int
+    config: GroupedConfig | None  # None: the decode kernel
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def pdl(self) -> Launch:
+        return self.chip.pdl(self.pairs)
+
+    def form(self, bits: int) -> Form:
+        return decode_form(bits) if self.config is None else self.chip.form(bits, self.pairs / self.experts)
+
+
+def make_plan(expert: Tensor, experts: int, layer_bits: int) -> Plan:
+    chip, (tokens, top_k) = generation(expert.device), expert.shape
+    return Plan(chip, tokens, top_k, experts, chip.pick(layer_bits, tokens, expert.numel(), experts))
+
+
 def _weight(tensors: list[Tensor], in_features: int) -> TritonWeight:
     words, table, paired, step, row_sum, norm = tensors
     return TritonWeight(words, table, paired, step, row_sum, norm, in_features, bits=4, stacked=True)
 
 
-def run_route(expert: Tensor, experts: int, layer_bits: int) -> Routing:
-    """expert [T, top_k] -> pairs in expert order, in blocks that suit activations of so many bits."""
-    chip, pairs = generation(expert.device), expert.numel()
-    config = chip.pick(layer_bits, len(expert), pairs, experts)
-    if config is None:
-        return empty_routing(expert, experts)
-    return launch_route(expert, experts, config.tokens, chip.routing_pdl)
+def run_route(expert: Tensor, plan: Plan) -> Routing:
+    """expert [T, top_k] -> pairs in expert order, in blocks that suit the plan."""
+    if plan.config is None:
+        return empty_routing(expert, plan.experts)
+    return launch_route(expert, plan.experts, plan.config.tokens, plan.chip.routing_pdl)
 
 
 def run_up(
-    x: Tensor, expert: Tensor, routing: Routing, up: Matrix, gated: bool, activation: str, layer_bits: int,
+    x: Tensor, expert: Tensor, routing: Routing, plan: Plan, up: Matrix, gated: bool, activation: str,
     next_down: Matrix | None = None,
 ) -> Tensor | Activations:  # fmt: skip
     """x [T, I] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x). If `next_down` is what comes
     next, maybe in the form that it multiplies."""
-    w, chip = up.weight, generation(x.device)
-    (tokens, top_k), pairs, experts = expert.shape, expert.numel(), len(w.words)
-    pdl, rows = chip.pdl(pairs), w.out_features // 2 if gated else w.out_features
-    config = chip.pick(layer_bits, tokens, pairs, experts)
+    w, chip, config, top_k, pdl, form = up.weight, plan.chip, plan.config, plan.top_k, plan.pdl, plan.form(up.bits)
     if config is None:
-        form = decode_form(up.bits)
-        if tokens == 1 and chip.takes_single_up(form, top_k, rows, w.words.shape[2], w.groups):
+        rows = w.out_features // 2 if gated else w.out_features
+        if plan.tokens == 1 and chip.takes_single_up(form, top_k, rows, w.words.shape[2], w.groups):
             programs = 2 * chip.multiprocessors
             return single_up(
                 x, w, up.bias, expert, gated, activation, up.bits, up.clip, programs, chip.single_up, pdl
             )  # fmt: skip
         q = quantize(x, w.groups, up.bits, up.clip, form, pdl)
         return decode(q, w, up.bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up[form], pdl)
-    form, tile = chip.form(up.bits, pairs / experts), config.pick_up(w.in_features)
+    tile = config.pick_up(w.in_features)
     q = quantize(x, w.groups, up.bits, up.clip, form, pdl, overlap="before")
     finished = (
-        next_down is not None and form is chip.form(next_down.bits, pairs / experts) is Form.FLOAT16
-        and not exact_a16() and up.bias is None and overlaps(w, tile)
+        next_down is not None and form is plan.form(next_down.bits) is Form.FLOAT16 and not exact_a16()
+        and up.bias is None and overlaps(w, tile)
         and overlaps(next_down.weight, config.pick_down(next_down.weight.in_features))
     )  # fmt: skip
-    dtype, scale = (torch.float16, q.scale.new_empty(pairs)) if finished else (x.dtype, None)
+    dtype, scale = (torch.float16, q.scale.new_empty(plan.pairs)) if finished else (x.dtype, None)
     y = grouped(q, w, up.bias, routing, None, top_k, gated, activation, dtype, config.tokens, tile, pdl, scale)
     return y if scale is None else Activations(y.unsqueeze(0), scale, zero=scale)
 
 
 def run_down(
-    hidden: Tensor | Activations, expert: Tensor, pair_weight: Tensor, routing: Routing, down: Matrix,
-    dtype: torch.dtype, layer_bits: int,
+    hidden: Tensor | Activations, expert: Tensor, pair_weight: Tensor, routing: Routing, plan: Plan, down: Matrix,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """hidden [T * top_k, M] of `run_up`, expert and pair_weight [T, top_k] -> [T, O]."""
-    w, chip = down.weight, generation(expert.device)
-    (tokens, top_k), pairs, experts = expert.shape, expert.numel(), len(w.words)
-    pdl = chip.pdl(pairs)
-    config = chip.pick(layer_bits, tokens, pairs, experts)
-    form = decode_form(down.bits) if config is None else chip.form(down.bits, pairs / experts)
+    w, chip, config, top_k, pdl, form = down.weight, plan.chip, plan.config, plan.top_k, plan.pdl, plan.form(down.bits)
     if isinstance(hidden, Activations):
         q = hidden
-    elif tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
+    elif plan.tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
         single = chip.pick_single_down(w.in_features)
         return single_down(hidden, w, down.bias, expert, pair_weight, down.bits, down.clip, single, pdl)
     else:
         # What comes next reads the lists before it waits: `run_up` has waited for them.
         q = quantize(hidden, w.groups, down.bits, down.clip, form, pdl, overlap="after")
     if config is None:
-        config_down = chip.pick_decode_down(tokens, top_k)
+        config_down = chip.pick_decode_down(plan.tokens, top_k)
         return decode(q, w, down.bias, expert, pair_weight, top_k, False, "none", dtype, config_down, pdl)
     tile = config.pick_down(w.in_features)
     y = grouped(q, w, down.bias, routing, pair_weight, top_k, False, "none", dtype, config.tokens, tile, pdl)
-    return combine(y, expert, experts, top_k, dtype, pdl)
+    return combine(y, expert, plan.experts, top_k, dtype, pdl)
 
 
 @torch.library.custom_op("codequant::triton_linear", mutates_args=())
@@ -153,10 +178,10 @@ def experts(
     x, expert, pair_weight = x.contiguous(), expert.contiguous(), pair_weight.contiguous()
     first = Matrix(_weight(up, in_features), up_bias, up_bits, up_clip)
     second = Matrix(_weight(down, intermediate), down_bias, down_bits, down_clip)
-    layer_bits = max(up_bits, down_bits)
-    routing = run_route(expert, len(up[0]), layer_bits)
-    hidden = run_up(x, expert, routing, first, gated, activation, layer_bits, next_down=second)
-    return run_down(hidden, expert, pair_weight, routing, second, x.dtype, layer_bits)
+    plan = make_plan(expert, len(up[0]), max(up_bits, down_bits))
+    routing = run_route(expert, plan)
+    hidden = run_up(x, expert, routing, plan, first, gated, activation, next_down=second)
+    return run_down(hidden, expert, pair_weight, routing, plan, second, x.dtype)
 
 
 @experts.register_fake
@@ -170,7 +195,7 @@ def _(
 @torch.library.custom_op("codequant::triton_route", mutates_args=())
 def route(expert: Tensor, experts: int, layer_bits: int) -> list[Tensor]:
     """expert [T, top_k] -> the tensors of a Routing."""
-    return run_route(expert.contiguous(), experts, layer_bits).tensors
+    return run_route(expert.contiguous(), make_plan(expert, experts, layer_bits)).tensors
 
 
 @route.register_fake
@@ -194,7 +219,8 @@ def expert_up(
 ) -> Tensor:
     """x [T, I], expert [T, top_k] -> activation(gate) * up [T * top_k, M] where gated, else activation(W x)."""
     up = Matrix(_weight(weight, in_features), bias, bits, clip)
-    hidden = run_up(x.contiguous(), expert.contiguous(), Routing(*routing), up, gated, activation, layer_bits)
+    plan = make_plan(expert, len(weight[0]), layer_bits)
+    hidden = run_up(x.contiguous(), expert.contiguous(), Routing(*routing), plan, up, gated, activation)
     assert isinstance(hidden, Tensor)
     return hidden
 
@@ -220,10 +246,10 @@ def expert_down(
 ) -> Tensor:
     """hidden [T * top_k, M] of `expert_up`, expert and pair_weight [T, top_k] -> [T, O] in hidden's dtype."""
     down = Matrix(_weight(weight, in_features), bias, bits, clip)
+    plan = make_plan(expert, len(weight[0]), layer_bits)
     return run_down(
-        hidden.contiguous(), expert.contiguous(), pair_weight.contiguous(), Routing(*routing), down, hidden.dtype,
-        layer_bits,
-    )  # fmt: skip
+        hidden.contiguous(), expert.contiguous(), pair_weight.contiguous(), Routing(*routing), plan, down, hidden.dtype
+    )
 
 
 @expert_down.register_fake
