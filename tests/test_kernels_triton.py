@@ -546,7 +546,7 @@ def overlapped(
     large = replace(tile, rows=128, bytes=64, warps=8, stages=4)
     if specialized:
         tile, large = replace(tile, registers=128, specialized=True), replace(large, registers=168, specialized=True)
-    blocks = (dispatch._uniform(float("inf"), 32, tile, large),)
+    blocks = (dispatch._uniform(float("inf"), 64, tile, large),)
     linear = (dispatch.LinearConfig(float("inf"), 64, tile),)
     forms = (Form.LEVELS, Form.FIXED16, Form.FLOAT16)
     generation = replace(
@@ -575,6 +575,15 @@ def test_overlapped_experts_equal_their_twin(
 ) -> None:
     experts = random_experts(E, I, M, O, bias=bias, input_bits=overlapped, down_bits=overlapped)
     check_random_routing(experts, device, T, k, dtype=torch.bfloat16)
+
+
+def test_blocks_of_any_number_of_tokens(device: torch.device, overlapped: int) -> None:
+    """An expert's last block takes a quarter, a half, three quarters or all of the products."""
+    lengths = torch.tensor([1, 16, 0, 17, 32, 33, 47, 48, 49, 64, 65, 100])
+    index = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
+    experts = random_experts(len(lengths), 384, 256, 136, input_bits=overlapped, down_bits=overlapped)
+    check_experts(experts, device, len(index), index, torch.ones(index.shape), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("overlapped", ["float16"], indirect=True)

@@ -1,3 +1,6 @@
+# Triton takes tuples that grow by addition alone: no starred items, and no annotations on variables.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
 """Many tokens on compute capability 9.0: what `grouped` does, with lookups beside products.
 
 Triton waits for a tensor-core product whose operand is in registers before it goes on. Here, in its explicit dialect
@@ -130,31 +133,26 @@ def _copy_weights(packed, first, second, first_smem, second_smem, slot, line, RU
 
 
 @gluon.jit
-def _copy_activations(
-    x, live, x0, x1, x2, x3, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr
-):  # fmt: skip
-    """The runs of float16, the two runs of int8, or those of two planes; of rows that are not live, nothing."""
-    async_copy.async_copy_global_to_shared(x0.index(slot), x + k, mask=live)
-    async_copy.async_copy_global_to_shared(x1.index(slot), x + (k + RUN), mask=live)
-    if FLOAT:
-        async_copy.async_copy_global_to_shared(x2.index(slot), x + (k + 2 * RUN), mask=live)
-        async_copy.async_copy_global_to_shared(x3.index(slot), x + (k + 3 * RUN), mask=live)
-    elif PLANES == 2:
-        async_copy.async_copy_global_to_shared(x2.index(slot), x + (plane + k), mask=live)
-        async_copy.async_copy_global_to_shared(x3.index(slot), x + (plane + k + RUN), mask=live)
+def _copy_activations(x, live, xs, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr):
+    """The four runs of float16, the two runs of int8, or those of two planes; of rows that are not live, nothing."""
+    RUNS: gl.constexpr = len(xs) // PLANES
+    for i in gl.static_range(len(xs)):
+        at = i // RUNS * plane + (k + i % RUNS * RUN)
+        async_copy.async_copy_global_to_shared(xs[i].index(slot), x + at, mask=live)
 
 
 @gluon.jit
 def _copy(
-    x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
+    x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, xs, full, empty,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, PLANES: gl.constexpr,
-    FLOAT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    HALF: gl.constexpr, PDL: gl.constexpr,
+    FLOAT: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The part of the warp group that copies: fills slot after slot, as soon as it is `empty`, and says `full`."""
     ITEM: gl.constexpr = 2 if FLOAT else 1
     RUN: gl.constexpr = P // (2 * ITEM)
     STEPS: gl.constexpr = RUN // BK
+    BM: gl.constexpr = xs[0].shape[1]
     x_from, live, weights, first_from, second_from = _sources(
         x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, 1, HALF
     )
@@ -164,65 +162,69 @@ def _copy(
     _wait(PDL)
     for s in gl.static_range(STAGES):
         if s < STEPS:
-            _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+            _copy_activations(x_from, live, xs, s, s * BK, plane, RUN, PLANES)
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
     slot = 0
     phase = 0
     for i in range(STAGES, STEPS):
         mbarrier.wait(empty.index(slot), phase)
         _copy_weights(weights, first_from, second_from, first_smem, second_smem, slot, i, RUN)
-        _copy_activations(x_from, live, x0, x1, x2, x3, slot, i * BK, plane, RUN, PLANES, FLOAT)
+        _copy_activations(x_from, live, xs, slot, i * BK, plane, RUN, PLANES)
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         slot, phase = _advance(slot, phase, STAGES)
 
 
 @gluon.jit
-def _multiply(
-    acc, low, packed, t0, t1, t2, t3, x0, x1, x2, x3, slot, PLANES: gl.constexpr, FLOAT: gl.constexpr
-):  # fmt: skip
-    """Looks packed weights up and starts their products with the activations of a step: 2 * PLANES or 4 of them."""
+def _multiply(sums, packed, table, xs, slot, FLOAT: gl.constexpr):
+    """Looks packed weights up and starts their products with the activations of a step, plane by plane."""
+    t0, t1, t2, t3 = table
     if FLOAT:
-        w0, w1, w2, w3 = _lookup_pairs(packed, t0, t1, t2, t3)
+        w = _lookup_pairs(packed, t0, t1, t2, t3)
     else:
-        w0, w1 = _lookup_bytes(packed, t0, t1, t2, t3)
-    acc = warpgroup_mma(w0, x0.index(slot).permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma(w1, x1.index(slot).permute((1, 0)), acc, is_async=True)
-    if FLOAT:
-        acc = warpgroup_mma(w2, x2.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma(w3, x3.index(slot).permute((1, 0)), acc, is_async=True)
-    elif PLANES == 2:
-        low = warpgroup_mma(w0, x2.index(slot).permute((1, 0)), low, is_async=True)
-        low = warpgroup_mma(w1, x3.index(slot).permute((1, 0)), low, is_async=True)
-    return acc, low
+        w = _lookup_bytes(packed, t0, t1, t2, t3)
+    new = ()
+    for p in gl.static_range(len(sums)):
+        acc = sums[p]
+        for i in gl.static_range(len(w)):
+            acc = warpgroup_mma(w[i], xs[p * len(w) + i].index(slot).permute((1, 0)), acc, is_async=True)
+        new = new + (acc,)
+    return new
+
+
+@gluon.jit
+def _await(sums, PENDING: gl.constexpr):
+    """Accumulators after all products but the last PENDING."""
+    done = warpgroup_mma_wait(PENDING, deps=sums)
+    if len(sums) == 1:
+        return (done,)
+    else:
+        return done
 
 
 @gluon.jit
 def _step(
-    first, first_low, second, second_low, first_smem, second_smem, x0, x1, x2, x3, line_slot, slot, part: gl.constexpr,
-    t0, t1, t2, t3, u0, u1, u2, u3, PLANES: gl.constexpr, FLOAT: gl.constexpr, BK: gl.constexpr,
-    OPERAND: gl.constexpr,
+    first, second, first_smem, second_smem, xs, line_slot, slot, part: gl.constexpr, first_table, second_table,
+    FLOAT: gl.constexpr, BK: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Adds the products of a step, of which those of the second block are still under way at the end."""
-    PENDING: gl.constexpr = 4 if FLOAT else 2 * PLANES  # products that `_multiply` starts
     w = first_smem.index(line_slot).slice(part * BK, BK, dim=1).load(OPERAND)
     v = second_smem.index(line_slot).slice(part * BK, BK, dim=1).load(OPERAND)
-    first, first_low = _multiply(first, first_low, w, t0, t1, t2, t3, x0, x1, x2, x3, slot, PLANES, FLOAT)
-    second, second_low = warpgroup_mma_wait(PENDING, deps=[second, second_low])  # of the step before
-    second, second_low = _multiply(second, second_low, v, u0, u1, u2, u3, x0, x1, x2, x3, slot, PLANES, FLOAT)
-    first, first_low = warpgroup_mma_wait(PENDING, deps=[first, first_low])
-    return first, first_low, second, second_low
+    first = _multiply(first, w, first_table, xs, slot, FLOAT)
+    second = _await(second, len(xs))  # of the step before: one product per run of x
+    second = _multiply(second, v, second_table, xs, slot, FLOAT)
+    first = _await(first, len(xs))
+    return first, second
 
 
 @gluon.jit
 def _finish(
-    high, low, scale, zero, share, step, row_sum, bias, row,
-    PLANES: gl.constexpr, FLOAT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    sums, scale, zero, share, step, row_sum, bias, row, FLOAT: gl.constexpr, HAS_BIAS: gl.constexpr
 ):  # fmt: skip
-    """Accumulators [BN, BM] -> float32 results times the tokens' shares, which scale and zero [1, BM] contain; step and
-    row_sum [BN]."""
-    y = high.to(gl.float32)
-    if PLANES == 2:
-        y = y * 256.0 + low.to(gl.float32)
+    """Accumulators [BN, BM] of the planes, high one first -> float32 results times the tokens' shares, which scale and
+    zero [1, BM] contain; step and row_sum [BN]."""
+    y = sums[0].to(gl.float32)
+    for p in gl.static_range(1, len(sums)):
+        y = y * 256.0 + sums[p].to(gl.float32)
     y = (y * gl.expand_dims(step, 1)) * scale
     if not FLOAT:
         y += gl.expand_dims(row_sum, 1) * zero
@@ -257,7 +259,7 @@ def _store(out, result, out_row, first, start, end, N, HALF: gl.constexpr):
 def _multiply_block(
     x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
     e, row_block, start, end, plane, N,
-    first_smem, second_smem, x0, x1, x2, x3, full, empty,
+    first_smem, second_smem, xs, full, empty,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPECIALIZED: gl.constexpr, HALF: gl.constexpr,
@@ -290,8 +292,8 @@ def _multiply_block(
                     weights, first_from, second_from, first_smem, second_smem, s // PER_LINE, s // PER_LINE, RUN
                 )
     r = _row_order(gl.arange(0, BN, layout=gl.SliceLayout(1, OPERAND)), BN, HALF)
-    t0, t1, t2, t3 = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
-    u0, u1, u2, u3 = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
+    first_table = _tables(table, base + gl.minimum(first_row + r, N - 1), FLOAT)
+    second_table = _tables(table, base + gl.minimum(second_row + r, last_second), FLOAT)
     # What the results need of each row as well: loaded at the end, it would be one more way to memory to wait for.
     r = _row_order(gl.arange(0, BN, layout=gl.SliceLayout(1, SUMS)), BN, HALF)
     first_at = base + gl.minimum(first_row + r, N - 1)
@@ -302,7 +304,7 @@ def _multiply_block(
     if not SPECIALIZED:
         for s in gl.static_range(STAGES - 1):
             if s < STEPS:
-                _copy_activations(x_from, live, x0, x1, x2, x3, s, s * BK, plane, RUN, PLANES, FLOAT)
+                _copy_activations(x_from, live, xs, s, s * BK, plane, RUN, PLANES)
             async_copy.commit_group()
 
     # What the results need of each token goes through shared memory: every thread holds results of many tokens.
@@ -333,15 +335,13 @@ def _multiply_block(
         zero_smem = gl.allocate_shared_memory(gl.float32, [BM], LIST, zero)
     out_row_smem = gl.allocate_shared_memory(gl.int32, [BM], LIST, out_row)
 
-    first = gl.zeros([BN, BM], SUM_TYPE, SUMS)
-    first_low = gl.zeros([BN, BM], SUM_TYPE, SUMS)
-    second = warpgroup_mma_init(gl.zeros([BN, BM], SUM_TYPE, SUMS))
-    second_low = gl.zeros([BN, BM], SUM_TYPE, SUMS)
-    if PLANES == 2:
-        second_low = warpgroup_mma_init(second_low)
+    first = ()
+    second = ()
+    for _ in gl.static_range(PLANES):
+        first = first + (gl.zeros([BN, BM], SUM_TYPE, SUMS),)
+        second = second + (warpgroup_mma_init(gl.zeros([BN, BM], SUM_TYPE, SUMS)),)
     slot = 0
     phase = 0
-    line_slot = 0
     for line in range(STEPS // PER_LINE):
         for part in gl.static_range(PER_LINE):
             i = line * PER_LINE + part
@@ -349,9 +349,9 @@ def _multiply_block(
                 mbarrier.wait(full.index(slot), phase)
             else:
                 async_copy.wait_group(STAGES - 2)
-            first, first_low, second, second_low = _step(
-                first, first_low, second, second_low, first_smem, second_smem, x0, x1, x2, x3, line_slot, slot, part,
-                t0, t1, t2, t3, u0, u1, u2, u3, PLANES, FLOAT, BK, OPERAND,
+            first, second = _step(
+                first, second, first_smem, second_smem, xs, line % LINE_SLOTS, slot, part, first_table, second_table,
+                FLOAT, BK, OPERAND,
             )  # fmt: skip
             before = (slot + STAGES - 1) % STAGES  # of the step before, whose last products have been waited for
             if SPECIALIZED:
@@ -361,34 +361,31 @@ def _multiply_block(
                 if i + STAGES - 1 < STEPS:
                     if (part + STAGES - 1) % PER_LINE == 0:
                         lines = (part + STAGES - 1) // PER_LINE
-                        target = (line_slot + lines) % LINE_SLOTS
+                        target = (line + lines) % LINE_SLOTS
                         gl.thread_barrier()  # the slot's weights may be this step's: all warps have them in registers
                         _copy_weights(
                             weights, first_from, second_from, first_smem, second_smem, target, line + lines, RUN
                         )
                     ahead = (i + STAGES - 1) * BK
-                    _copy_activations(x_from, live, x0, x1, x2, x3, before, ahead, plane, RUN, PLANES, FLOAT)
+                    _copy_activations(x_from, live, xs, before, ahead, plane, RUN, PLANES)
                 async_copy.commit_group()
             slot, phase = _advance(slot, phase, STAGES)
-        line_slot = (line_slot + 1) % LINE_SLOTS
     if STEPS % PER_LINE:
         async_copy.wait_group(0)
-        first, first_low, second, second_low = _step(
-            first, first_low, second, second_low, first_smem, second_smem, x0, x1, x2, x3, line_slot, slot, 0,
-            t0, t1, t2, t3, u0, u1, u2, u3, PLANES, FLOAT, BK, OPERAND,
+        first, second = _step(
+            first, second, first_smem, second_smem, xs, STEPS // PER_LINE % LINE_SLOTS, slot, 0, first_table,
+            second_table, FLOAT, BK, OPERAND,
         )  # fmt: skip
-    second, second_low = warpgroup_mma_wait(0, deps=[second, second_low])
+    second = _await(second, 0)
 
     scale = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, SUMS)), 0)
     zero = gl.expand_dims(zero_smem.load(gl.SliceLayout(0, SUMS)), 0)
     share = 1.0
     if SCATTER and HAS_BIAS:
         share = gl.expand_dims(share_smem.load(gl.SliceLayout(0, SUMS)), 0)
-    y = _finish(first, first_low, scale, zero, share, first_step, first_sum, bias, first_at, PLANES, FLOAT, HAS_BIAS)
+    y = _finish(first, scale, zero, share, first_step, first_sum, bias, first_at, FLOAT, HAS_BIAS)
     y = _activate(y, ACTIVATION)
-    z = _finish(
-        second, second_low, scale, zero, share, second_step, second_sum, bias, second_at, PLANES, FLOAT, HAS_BIAS
-    )
+    z = _finish(second, scale, zero, share, second_step, second_sum, bias, second_at, FLOAT, HAS_BIAS)
     if GATED:
         y *= z
     else:
@@ -431,13 +428,9 @@ def _block(
     X_SHARED: gl.constexpr = gl.NVMMASharedLayout(BYTES, 8 * ITEM, 2)
     first_smem = gl.allocate_shared_memory(W_TYPE, [LINE_SLOTS, BN, PER_LINE * BK], W_SHARED)
     second_smem = gl.allocate_shared_memory(W_TYPE, [LINE_SLOTS, BN, PER_LINE * BK], W_SHARED)
-    x0 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-    x1 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-    x2 = x0
-    x3 = x1
-    if FLOAT or PLANES == 2:
-        x2 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
-        x3 = gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED)
+    xs = ()
+    for _ in gl.static_range(4 if FLOAT else 2 * PLANES):
+        xs = xs + (gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED),)
     if SPECIALIZED:
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -451,7 +444,7 @@ def _block(
                     _multiply_block,
                     (
                         x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
-                        e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, full, empty,
+                        e, row_block, start, end, plane, N, first_smem, second_smem, xs, full, empty,
                         TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
                         SPECIALIZED, HALF, PDL,
                     ),
@@ -459,8 +452,8 @@ def _block(
                 (
                     _copy,
                     (
-                        x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3,
-                        full, empty, TOP_K, P, GATHER, GATED, PLANES, FLOAT, BM, BN, BK, STAGES, HALF, PDL,
+                        x, packed, pair, e, row_block, start, end, plane, N, first_smem, second_smem, xs,
+                        full, empty, TOP_K, P, GATHER, GATED, PLANES, FLOAT, BN, BK, STAGES, HALF, PDL,
                     ),
                 ),
             ],
@@ -470,7 +463,7 @@ def _block(
     else:
         _multiply_block(
             x, x_scale, x_zero, pair_weight, packed, table, step, row_sum, bias, out, norm, out_scale, pair,
-            e, row_block, start, end, plane, N, first_smem, second_smem, x0, x1, x2, x3, None, None,
+            e, row_block, start, end, plane, N, first_smem, second_smem, xs, None, None,
             TOP_K, P, GATHER, SCATTER, GATED, ACTIVATION, HAS_BIAS, PLANES, FLOAT, BM, BN, BK, STAGES,
             SPECIALIZED, HALF, PDL,
         )  # fmt: skip
