@@ -188,26 +188,26 @@ _FLOAT16 = (
 
 _overlap = partial(Tile, overlap=True)
 _plain = partial(_overlap, 64, 64, 4, 4)
-_SPECIALIZED_4 = _plain(128, specialized=True)  # two programs share a multiprocessor
-_SPECIALIZED_8 = _overlap(128, 64, 8, 4, 168, specialized=True)
+_plain_8 = partial(_overlap, 128, 64, 8, 4)
+_specialized_8 = partial(_plain_8, 168, specialized=True)
 _WIDE_DOWN = _overlap(64, 128, 4, 3)
 _LEVELS_90 = (
     GroupedConfig(12, 16, _plain(128), _plain(128), _overlap(64, 64, 4, 6, 168), _LEVELS[0].wide_down),
     replace(_uniform(24, 32, _overlap(64, 64, 4, 6), _plain(128)), wide_down=_WIDE_DOWN),
     replace(_uniform(56, 64, _plain(168), _plain(168)), wide_down=_WIDE_DOWN),
-    GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _plain(span=8), _SPECIALIZED_4),
+    GroupedConfig(96, 128, _plain(), _plain(span=4), _plain(), _plain_8()),
+    GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _specialized_8(span=8), _specialized_8()),
 )
 _FIXED16_90 = (
     replace(_uniform(12, 16, _overlap(64, 64, 4, 6, 168), _plain(128)), wide_down=_FIXED16[0].wide_down),
     replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_WIDE_DOWN),
-    replace(_uniform(48, 64, _plain(), _overlap(64, 64, 4, 3)), wide_down=_plain()),
+    GroupedConfig(48, 64, _plain(), _overlap(64, 64, 4, 3), _plain_8(), _plain_8()),
 )
 _FLOAT16_90 = (
     _uniform(16, 16, _plain(), _plain()),
     _uniform(24, 32, _plain(), _plain()),
-    replace(_uniform(72, 64, _plain(), _plain()), wide_down=_SPECIALIZED_4),
-    _uniform(512, 128, _SPECIALIZED_8, _SPECIALIZED_8),
-    replace(_uniform(_HUGE, 128, _SPECIALIZED_8, _SPECIALIZED_8), wide_up=replace(_SPECIALIZED_8, span=8)),
+    _uniform(56, 64, _plain(), _plain()),
+    replace(_uniform(_HUGE, 128, _specialized_8(), _specialized_8()), wide_up=_specialized_8(span=8)),
 )
 
 _FEW = LinearConfig(2**16, 16, Tile(32, 256, 2, 3))
@@ -240,7 +240,7 @@ _LINEAR_90 = {
     Form.FIXED16: _LINEAR[Form.FIXED16],
     Form.FLOAT16: (
         *_LINEAR[Form.FLOAT16][:-1], LinearConfig(2**21, 64, Tile(64, 128, 4, 3)),
-        LinearConfig(_HUGE, 128, _SPECIALIZED_8),
+        LinearConfig(_HUGE, 128, _specialized_8()),
     ),
 }  # fmt: skip
 
