@@ -176,6 +176,17 @@ def test_float16_holds_bfloat16_exactly(device: torch.device) -> None:
     assert torch.equal(restored[:, :83], x.double())
 
 
+@pytest.mark.parametrize("form", [Form.LEVELS, Form.FIXED16])
+def test_runs_alternate_in_pieces(device: torch.device, form: Form) -> None:
+    x = torch.randn(3, 2 * 768, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+    plain, pieces = (
+        quantize(x, 2, 8 if form is Form.LEVELS else 16, 1.0, form, Launch.PLAIN, piece=piece).values.cpu()
+        for piece in (None, 64)
+    )
+    alternating = plain.view(form.planes, 3, 2, 2, -1, 64).transpose(3, 4)  # [planes, rows, groups, halves, .., 64]
+    assert torch.equal(pieces, alternating.reshape(pieces.shape))
+
+
 def in_columns(values: Tensor) -> Tensor:
     """float16 [R, P] of `Activations` with one group, from the order of `lookup_pairs` to that of the columns."""
     quarter = values.shape[1] // 4

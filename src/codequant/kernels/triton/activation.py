@@ -140,6 +140,7 @@ def _quantize(
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     FORM: tl.constexpr,
+    PIECE: tl.constexpr,
     PDL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -174,8 +175,12 @@ def _quantize(
     if OVERLAP == "before":
         follow(PDL)  # before the first write: the kernel before may still use what is here now
     inside = column < PADDED
-    target = q + row * PADDED + column
     if FORM <= 3:
+        target = q + row * PADDED + column
+        if PIECE is not None:
+            half = column % (P // 2)
+            place = column // P * P + (half // PIECE * 2 + column % P // (P // 2)) * PIECE + half % PIECE
+            target = q + row * PADDED + tl.max_contiguous(tl.multiple_of(place, 16), 16)
         tl.store(target, high.to(tl.int8), mask=inside)
         if FORM >= 2:
             tl.store(target + plane, mid.to(tl.int8), mask=inside)
@@ -191,9 +196,13 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor, groups: int, bits: int, clip: float, form: Form, pdl: Launch, overlap: str = "none"
-) -> Activations:
+    x: Tensor, groups: int, bits: int, clip: float, form: Form, pdl: Launch, overlap: str = "none",
+    piece: int | None = None,
+) -> Activations:  # fmt: skip
     """x [R, I] in the given form; bits and clip matter for Form.LEVELS.
+
+    The two halves of a group, which share its packed words, follow each other or, in int8 and given `piece`, alternate
+    in so many columns.
 
     overlap: "before" computes while the kernel before this one runs, if x is older than that one; "after" lets the
     kernel after this one start at once and ask for its weights, if what it reads before it waits is older than both.
@@ -207,7 +216,7 @@ def quantize(
     BLOCK = triton.next_power_of_2(groups * P)
     _quantize[(R,)](
         x, values, scale, zero, clip, values.stride(0), I, S, P, groups * P, BLOCK, bits, form.value,
-        OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), **pdl.options,
+        piece, OVERLAP=overlap, num_warps=min(max(BLOCK // 1024, 1), 8), **pdl.options,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the twin rounds twice
     )  # fmt: skip
     return Activations(values, scale, zero)

@@ -219,6 +219,13 @@ def overlaps(weight: TritonWeight, tile: Tile) -> bool:
     return tile.overlap and _overlapped().serves(weight)
 
 
+def piece(weight: TritonWeight, tile: Tile) -> int | None:
+    """In how many columns the two halves of int8 activations alternate for this product, if they do: see `quantize`."""
+    if not overlaps(weight, tile):
+        return None
+    return _overlapped().step_bytes(padded_group(weight.in_features) // 2, tile.bytes)
+
+
 def grouped(
     x: Activations,
     weight: TritonWeight,
@@ -234,7 +241,7 @@ def grouped(
     pdl: Launch,
     out_scale: Tensor | None = None,
 ) -> Tensor:
-    """x in any form but FIXED24. Three uses:
+    """x in any form but FIXED24, quantized with this product's `piece`. Three uses:
 
     routing None: one matrix, [tokens, N]. Routing without pair_weight: x rows are tokens, the result [pairs, N] is in
     expert order. Routing with pair_weight: x rows are in expert order, the result [pairs, N] is in the order of pairs,

@@ -26,7 +26,7 @@ from codequant.kernels.triton.dispatch import (
     exact_a16,
     generation,
 )
-from codequant.kernels.triton.grouped import grouped, overlaps
+from codequant.kernels.triton.grouped import grouped, overlaps, piece
 from codequant.kernels.triton.launch import Launch
 from codequant.kernels.triton.layout import TritonWeight
 from codequant.kernels.triton.routing import Routing, empty_routing
@@ -98,7 +98,7 @@ def run_up(
         q = quantize(x, w.groups, up.bits, up.clip, form, pdl)
         return decode(q, w, up.bias, expert, None, top_k, gated, activation, x.dtype, chip.decode_up[form], pdl)
     tile = config.pick_up(w.in_features)
-    q = quantize(x, w.groups, up.bits, up.clip, form, pdl, overlap="before")
+    q = quantize(x, w.groups, up.bits, up.clip, form, pdl, "before", piece(w, tile))
     finished = (
         next_down is not None and form is plan.form(next_down.bits) is Form.FLOAT16 and not exact_a16()
         and up.bias is None and overlaps(w, tile)
@@ -115,18 +115,20 @@ def run_down(
 ) -> Tensor:  # fmt: skip
     """hidden [T * top_k, M] of `run_up`, expert and pair_weight [T, top_k] -> [T, O]."""
     w, chip, config, top_k, pdl, form = down.weight, plan.chip, plan.config, plan.top_k, plan.pdl, plan.form(down.bits)
-    if isinstance(hidden, Activations):
-        q = hidden
-    elif plan.tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
-        single = chip.pick_single_down(w.in_features)
-        return single_down(hidden, w, down.bias, expert, pair_weight, down.bits, down.clip, single, pdl)
-    else:
-        # What comes next reads the lists before it waits: `run_up` has waited for them.
-        q = quantize(hidden, w.groups, down.bits, down.clip, form, pdl, overlap="after")
+    # What comes after a quantization reads the lists before it waits: `run_up` has waited for them.
     if config is None:
+        assert isinstance(hidden, Tensor)
+        if plan.tokens == 1 and chip.takes_single_down(form, w.words.shape[2], w.groups):
+            single = chip.pick_single_down(w.in_features)
+            return single_down(hidden, w, down.bias, expert, pair_weight, down.bits, down.clip, single, pdl)
+        q = quantize(hidden, w.groups, down.bits, down.clip, form, pdl, "after")
         config_down = chip.pick_decode_down(plan.tokens, top_k)
         return decode(q, w, down.bias, expert, pair_weight, top_k, False, "none", dtype, config_down, pdl)
     tile = config.pick_down(w.in_features)
+    if isinstance(hidden, Activations):
+        q = hidden
+    else:
+        q = quantize(hidden, w.groups, down.bits, down.clip, form, pdl, "after", piece(w, tile))
     y = grouped(q, w, down.bias, routing, pair_weight, top_k, False, "none", dtype, config.tokens, tile, pdl)
     return combine(y, expert, plan.experts, top_k, dtype, pdl)
 
@@ -142,12 +144,13 @@ def linear(
         return x.new_empty(0, w.out_features)
     if activation_bits == 16 and x.itemsize == 2 and tokens >= chip.dense_tokens and not exact_a16():
         return F.linear(x, dequantize(w, x.dtype)[0], None if bias is None else bias.to(x.dtype))
-    decoded = tokens <= DECODED_TOKENS
-    form = decode_form(activation_bits) if decoded else chip.form(activation_bits, 0)
-    q = quantize(x, w.groups, activation_bits, clip, form, pdl, overlap="after")
-    if decoded:
+    if tokens <= DECODED_TOKENS:
+        form = decode_form(activation_bits)
+        q = quantize(x, w.groups, activation_bits, clip, form, pdl, "after")
         return decode(q, w, bias, None, None, 1, False, "none", x.dtype, chip.decode_linear[form], pdl)
+    form = chip.form(activation_bits, 0)
     config = chip.pick_linear(form, tokens * w.out_features)
+    q = quantize(x, w.groups, activation_bits, clip, form, pdl, "after", piece(w, config.tile))
     return grouped(q, w, bias, None, None, 1, False, "none", x.dtype, config.tokens, config.tile, pdl)
 
 

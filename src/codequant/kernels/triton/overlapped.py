@@ -9,7 +9,8 @@ products of the other run. SPECIALIZED, a warp group of its own copies what the 
 products then wait for nothing else, which pays where products take most of the time.
 
 More than 64 bytes of each row at a step would not leave room for enough tokens. But weights are copied by whole cache
-lines, for two such steps at a time: by halves, products take up to 12% longer.
+lines, for two such steps at a time: by halves, products take up to 12% longer. So are int8 activations, whose two runs
+alternate step by step (1 to 4%); float16, with four runs, gains nothing by that.
 
 Copies and products belong to different proxies of shared memory. Like CUTLASS's pipelines of `cp.async` and Triton's
 own, this one has no proxy fence between them: one per step takes 1 to 12%.
@@ -31,7 +32,8 @@ from codequant.kernels.triton import activation, epilogue, grouped, launch, ptx,
 from codequant.kernels.triton.layout import TritonWeight
 
 SHORTEST_STEP = 64  # bytes of a packed row per step: four threads copy them
-COPY_WARPS, COPY_REGISTERS = gl.constexpr(4), gl.constexpr(40)  # of the warp group that copies
+CACHE_LINE = gl.constexpr(128)
+COPY_WARPS = gl.constexpr(4)
 
 _activate = gluon.jit(epilogue.activate.fn)
 _bounded_step = gluon.jit(activation.bounded_step.fn)
@@ -81,22 +83,24 @@ def _row_order(r, BN: gl.constexpr, HALF: gl.constexpr):
 def _sources(
     x, packed, pair, e, row_block, start, end, N,
     TOP_K: gl.constexpr, P: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, FLOAT: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, PER_LINE: gl.constexpr, HALF: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, PER_LINE: gl.constexpr, X_LENGTH: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    """Where the first copies come from: activations [BM, BK]; which of their rows are live; the expert's weights; from
-    there, both blocks [BN, PER_LINE * BK] as offsets, which take half of the registers of pointers. A thread copies 16
-    bytes at a time, without bank conflicts where they are read."""
+    """Where the first copies come from: activations [BM, X_LENGTH]; which of their rows are live; the expert's weights;
+    from there, both blocks [BN, PER_LINE * BK] as offsets, which take half of the registers of pointers. A thread
+    copies 16 bytes at a time, without bank conflicts where they are read."""
     ITEM: gl.constexpr = 2 if FLOAT else 1
     RUN: gl.constexpr = P // (2 * ITEM)
     BYTES: gl.constexpr = BK * ITEM
-    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // BYTES, BYTES // 16], [gl.num_warps(), 1], [1, 0])
+    X_BYTES: gl.constexpr = X_LENGTH * ITEM
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // X_BYTES, X_BYTES // 16], [gl.num_warps(), 1], [1, 0])
     base, first_row, second_row, last_second = _rows(e, row_block, N, GATED, BN)
     position = start + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
     live = gl.expand_dims(position < end, 1)
     x_row = gl.minimum(position, end - 1)
     if GATHER:
         x_row = gl.load(pair + x_row) // TOP_K
-    k = gl.expand_dims(gl.arange(0, BK, layout=gl.SliceLayout(0, COPY)), 0)
+    k = gl.expand_dims(gl.arange(0, X_LENGTH, layout=gl.SliceLayout(0, COPY)), 0)
     x_from = x + gl.expand_dims(x_row.to(gl.int64), 1) * P + k
     LINE: gl.constexpr = PER_LINE * BYTES
     LINES: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [512 // LINE, LINE // 16], [gl.num_warps(), 1], [1, 0])
@@ -133,11 +137,18 @@ def _copy_weights(packed, first, second, first_smem, second_smem, slot, line, RU
 
 
 @gluon.jit
-def _copy_activations(x, live, xs, slot, k, plane, RUN: gl.constexpr, PLANES: gl.constexpr):
-    """The four runs of float16, the two runs of int8, or those of two planes; of rows that are not live, nothing."""
-    RUNS: gl.constexpr = len(xs) // PLANES
+def _copy_activations(
+    x, live, xs, slot, step, plane, RUN: gl.constexpr, PLANES: gl.constexpr, FLOAT: gl.constexpr
+):  # fmt: skip
+    """A step's pieces of the four runs of float16, the two runs of int8, or those of two planes; of rows that are not
+    live, nothing."""
+    LINES: gl.constexpr = len(xs) // PLANES
+    LENGTH: gl.constexpr = xs[0].shape[2]
     for i in gl.static_range(len(xs)):
-        at = i // RUNS * plane + (k + i % RUNS * RUN)
+        if FLOAT:
+            at = step * LENGTH + i * RUN
+        else:
+            at = i // LINES * plane + (step * LINES + i % LINES) * LENGTH
         async_copy.async_copy_global_to_shared(xs[i].index(slot), x + at, mask=live)
 
 
@@ -154,22 +165,23 @@ def _copy(
     STEPS: gl.constexpr = RUN // BK
     BM: gl.constexpr = xs[0].shape[1]
     x_from, live, weights, first_from, second_from = _sources(
-        x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, 1, HALF
-    )
+        x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, 1, xs[0].shape[2],
+        HALF,
+    )  # fmt: skip
     for s in gl.static_range(STAGES):
         if s < STEPS:
             _copy_weights(weights, first_from, second_from, first_smem, second_smem, s, s, RUN)
     _wait(PDL)
     for s in gl.static_range(STAGES):
         if s < STEPS:
-            _copy_activations(x_from, live, xs, s, s * BK, plane, RUN, PLANES)
+            _copy_activations(x_from, live, xs, s, s, plane, RUN, PLANES, FLOAT)
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
     slot = 0
     phase = 0
     for i in range(STAGES, STEPS):
         mbarrier.wait(empty.index(slot), phase)
         _copy_weights(weights, first_from, second_from, first_smem, second_smem, slot, i, RUN)
-        _copy_activations(x_from, live, xs, slot, i * BK, plane, RUN, PLANES)
+        _copy_activations(x_from, live, xs, slot, i, plane, RUN, PLANES, FLOAT)
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         slot, phase = _advance(slot, phase, STAGES)
 
@@ -182,11 +194,14 @@ def _multiply(sums, packed, table, xs, slot, FLOAT: gl.constexpr):
         w = _lookup_pairs(packed, t0, t1, t2, t3)
     else:
         w = _lookup_bytes(packed, t0, t1, t2, t3)
+    BK: gl.constexpr = packed.shape[1]
+    PER_LINE: gl.constexpr = xs[0].shape[2] // BK
     new = ()
     for p in gl.static_range(len(sums)):
         acc = sums[p]
         for i in gl.static_range(len(w)):
-            acc = warpgroup_mma(w[i], xs[p * len(w) + i].index(slot).permute((1, 0)), acc, is_async=True)
+            x = xs[(p * len(w) + i) // PER_LINE].index(slot).slice(i % PER_LINE * BK, BK, dim=1)
+            acc = warpgroup_mma(w[i], x.permute((1, 0)), acc, is_async=True)
         new = new + (acc,)
     return new
 
@@ -209,10 +224,11 @@ def _step(
     """Adds the products of a step, of which those of the second block are still under way at the end."""
     w = first_smem.index(line_slot).slice(part * BK, BK, dim=1).load(OPERAND)
     v = second_smem.index(line_slot).slice(part * BK, BK, dim=1).load(OPERAND)
+    PENDING: gl.constexpr = len(first) * (4 if FLOAT else 2)  # products that `_multiply` starts
     first = _multiply(first, w, first_table, xs, slot, FLOAT)
-    second = _await(second, len(xs))  # of the step before: one product per run of x
+    second = _await(second, PENDING)  # of the step before
     second = _multiply(second, v, second_table, xs, slot, FLOAT)
-    first = _await(first, len(xs))
+    first = _await(first, PENDING)
     return first, second
 
 
@@ -284,8 +300,9 @@ def _multiply_block(
     base, first_row, second_row, last_second = _rows(e, row_block, N, GATED, BN)
     if not SPECIALIZED:
         x_from, live, weights, first_from, second_from = _sources(
-            x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, PER_LINE, HALF
-        )
+            x, packed, pair, e, row_block, start, end, N, TOP_K, P, GATHER, GATED, FLOAT, BM, BN, BK, PER_LINE,
+            xs[0].shape[2], HALF,
+        )  # fmt: skip
         for s in gl.static_range(0, STAGES - 1, PER_LINE):
             if s < STEPS:
                 _copy_weights(
@@ -304,7 +321,7 @@ def _multiply_block(
     if not SPECIALIZED:
         for s in gl.static_range(STAGES - 1):
             if s < STEPS:
-                _copy_activations(x_from, live, xs, s, s * BK, plane, RUN, PLANES)
+                _copy_activations(x_from, live, xs, s, s, plane, RUN, PLANES, FLOAT)
             async_copy.commit_group()
 
     # What the results need of each token goes through shared memory: every thread holds results of many tokens.
@@ -366,8 +383,7 @@ def _multiply_block(
                         _copy_weights(
                             weights, first_from, second_from, first_smem, second_smem, target, line + lines, RUN
                         )
-                    ahead = (i + STAGES - 1) * BK
-                    _copy_activations(x_from, live, xs, before, ahead, plane, RUN, PLANES)
+                    _copy_activations(x_from, live, xs, before, i + STAGES - 1, plane, RUN, PLANES, FLOAT)
                 async_copy.commit_group()
             slot, phase = _advance(slot, phase, STAGES)
     if STEPS % PER_LINE:
@@ -425,13 +441,15 @@ def _block(
     LINE_SLOTS: gl.constexpr = (STAGES + PER_LINE - 1) // PER_LINE
     LINE: gl.constexpr = PER_LINE * BYTES
     W_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16 // ITEM, 128 // LINE, LINE // 16, [1, 0])
-    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(BYTES, 8 * ITEM, 2)
+    X_BYTES: gl.constexpr = BYTES if FLOAT else CACHE_LINE
+    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(X_BYTES, 8 * ITEM, 2)
     first_smem = gl.allocate_shared_memory(W_TYPE, [LINE_SLOTS, BN, PER_LINE * BK], W_SHARED)
     second_smem = gl.allocate_shared_memory(W_TYPE, [LINE_SLOTS, BN, PER_LINE * BK], W_SHARED)
     xs = ()
-    for _ in gl.static_range(4 if FLOAT else 2 * PLANES):
-        xs = xs + (gl.allocate_shared_memory(X_TYPE, [STAGES, BM, BK], X_SHARED),)
+    for _ in gl.static_range(PLANES * (2 * ITEM) * BYTES // X_BYTES):
+        xs = xs + (gl.allocate_shared_memory(X_TYPE, [STAGES, BM, X_BYTES // ITEM], X_SHARED),)
     if SPECIALIZED:
+        COPY_REGISTERS: gl.constexpr = 40 if FLOAT else 80  # whole lines take twice the addresses
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
