@@ -1,6 +1,3 @@
-# Triton takes tuples that grow by addition alone: no starred items, and no annotations on variables.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,misc,var-annotated"
 """Few tokens: each program multiplies a block of weight rows with one token, on dp4a, without any routing pass.
 
 At a batch of a few the time is the weights' way from memory plus launches: the expert comes straight from the routing

@@ -1,6 +1,3 @@
-# Triton takes tuples that grow by addition alone: no starred items, and no annotations on variables.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,misc,var-annotated"
 """Many tokens on compute capability 9.0: what `grouped` does, with lookups beside products.
 
 Triton waits for a tensor-core product whose operand is in registers before it goes on. Here, in its explicit dialect

@@ -1,6 +1,3 @@
-# Triton takes tuples that grow by addition alone: no starred items, and no annotations on variables.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,misc"
 """One token through its experts in two launches, whose programs turn the activations into integers by themselves.
 
 Two small kernels in front of `up` and of `down` that only quantize would take a third of the time, for the weights wait
