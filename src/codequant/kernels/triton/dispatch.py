@@ -190,17 +190,17 @@ _overlap = partial(Tile, overlap=True)
 _plain = partial(_overlap, 64, 64, 4, 4)
 _plain_8 = partial(_overlap, 128, 64, 8, 4)
 _specialized_8 = partial(_plain_8, 168, specialized=True)
-_WIDE_DOWN = _overlap(64, 128, 4, 3)
+_wide_down = partial(_overlap, 64, 128, 4)
 _LEVELS_90 = (
-    GroupedConfig(12, 16, _plain(128), _plain(128), _overlap(64, 64, 4, 6, 168), _LEVELS[0].wide_down),
-    replace(_uniform(24, 32, _overlap(64, 64, 4, 6), _plain(128)), wide_down=_WIDE_DOWN),
-    replace(_uniform(56, 64, _plain(168), _plain(168)), wide_down=_WIDE_DOWN),
+    replace(_uniform(12, 16, _plain(128), _plain(128)), wide_down=_wide_down(4, 168)),
+    GroupedConfig(24, 32, _overlap(64, 64, 4, 6), _plain(128), _plain(), _wide_down(3)),
+    replace(_uniform(56, 64, _plain(168), _plain(168)), wide_down=_wide_down(3)),
     GroupedConfig(96, 128, _plain(), _plain(span=4), _plain(), _plain_8()),
-    GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _specialized_8(span=8), _specialized_8()),
+    GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _plain_8(span=8), _specialized_8()),
 )
 _FIXED16_90 = (
-    replace(_uniform(12, 16, _overlap(64, 64, 4, 6, 168), _plain(128)), wide_down=_FIXED16[0].wide_down),
-    replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_WIDE_DOWN),
+    replace(_uniform(12, 16, _plain(168), _plain(128)), wide_down=_wide_down(4, 168)),
+    replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_wide_down(3)),
     GroupedConfig(48, 64, _plain(), _overlap(64, 64, 4, 3), _plain_8(), _plain_8()),
 )
 _FLOAT16_90 = (
