@@ -199,7 +199,7 @@ _LEVELS_90 = (
     GroupedConfig(_HUGE, 128, _plain(), _plain(span=4), _plain_8(span=8), _specialized_8()),
 )
 _FIXED16_90 = (
-    replace(_uniform(12, 16, _plain(168), _plain(128)), wide_down=_wide_down(4, 168)),
+    replace(_uniform(12, 16, _overlap(64, 64, 4, 6, 168), _plain(128)), wide_down=_wide_down(4, 168)),
     replace(_uniform(24, 32, _plain(), _plain(168)), wide_down=_wide_down(3)),
     GroupedConfig(48, 64, _plain(), _overlap(64, 64, 4, 3), _plain_8(), _plain_8()),
 )
