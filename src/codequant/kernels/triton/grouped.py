@@ -220,7 +220,8 @@ def overlaps(weight: TritonWeight, tile: Tile) -> bool:
 
 
 def piece(weight: TritonWeight, tile: Tile) -> int | None:
-    """In how many columns the two halves of int8 activations alternate for this product, if they do: see `quantize`."""
+    """Bytes of a packed row per step of `overlapped`, if that runs this product: in so many columns the two halves of
+    int8 activations alternate, see `quantize`."""
     if not overlaps(weight, tile):
         return None
     return _overlapped().step_bytes(padded_group(weight.in_features) // 2, tile.bytes)
@@ -274,12 +275,11 @@ def grouped(
         GATED=gated, ACTIVATION=activation, HAS_BIAS=bias is not None, PLANES=planes, FLOAT=item == 2, BM=tokens,
         BN=tile.rows, STAGES=tile.stages, num_warps=tile.warps, maxnreg=tile.registers, **pdl.options,
     )  # fmt: skip
-    if overlaps(weight, tile):
-        overlapped = _overlapped()
+    step = piece(weight, tile)
+    if step is not None:
         rows = tile.rows if gated else 2 * tile.rows
-        BK = overlapped.step_bytes(P // 2, tile.bytes) // item
-        overlapped.kernel[(triton.cdiv(N, rows), blocks)](
-            *arguments, weight.norm, out_scale if out_scale is not None else scale, BK=BK, SPAN=tile.span,
+        _overlapped().kernel[(triton.cdiv(N, rows), blocks)](
+            *arguments, weight.norm, out_scale if out_scale is not None else scale, BK=step // item, SPAN=tile.span,
             SPECIALIZED=tile.specialized, HALF=out_scale is not None, **constants,
         )  # fmt: skip
     else:
