@@ -589,7 +589,7 @@ def test_overlapped_experts_equal_their_twin(
 
 
 def test_blocks_of_any_number_of_tokens(device: torch.device, overlapped: int) -> None:
-    """An expert's last block takes a quarter, a half, three quarters or all of the products."""
+    """An expert's last block takes a quarter, a half or all of the products."""
     lengths = torch.tensor([1, 16, 0, 17, 32, 33, 47, 48, 49, 64, 65, 100])
     index = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
